@@ -1,0 +1,1320 @@
+// Copyright 2026 the ExternalIVR authors. MIT license.
+
+/**
+ * Telephone menus for Asterisk's dialplan application `ExternalIVR`, in one file without dependencies.
+ *
+ * Asterisk runs a program or connects to a TCP server for one call, sends it *events* as lines (keys pressed,
+ * prompts finished, the caller gone) and carries out the *commands* that come back (play, queue, set a
+ * variable, hang up). This module parses and formats both, and {@linkcode Session} holds the conversation over
+ * any pair of streams.
+ *
+ * @example A menu
+ * ```ts
+ * import { Session, type Sink, type Source } from "@externalivr/protocol";
+ *
+ * async function answer(streams: { readable: Source; writable: Sink }) {
+ *   const ivr = new Session(streams);
+ *   const { digits } = await ivr.gather({ prompt: "vm-enter-num-to-call", maxDigits: 4 });
+ *   if (digits) await ivr.set({ ACCOUNT: digits });
+ *   await ivr.exit();
+ * }
+ * ```
+ *
+ * @module
+ */
+
+// ---------------------------------------------------------------------------------------------------------
+// 1. Events: Asterisk to application, `tag,timestamp[,data]`
+// ---------------------------------------------------------------------------------------------------------
+
+/** A key of the telephone. */
+export type Digit =
+  | "0"
+  | "1"
+  | "2"
+  | "3"
+  | "4"
+  | "5"
+  | "6"
+  | "7"
+  | "8"
+  | "9"
+  | "A"
+  | "B"
+  | "C"
+  | "D"
+  | "*"
+  | "#";
+
+/**
+ * What Asterisk tells. `timestamp` is in Unix seconds, as Asterisk counts them: in 32 bits, negative from 2038.
+ *
+ * - `dtmf`: the caller released a key.
+ * - `finished` (`F`), `interrupted` (`T`), `dropped` (`D`): what became of a file of the playlist: it played to its
+ *   end, was stopped while it played (before Asterisk 1.8 without its name), or was removed before its turn.
+ * - `failed` (`Z`): a command was refused. `reason` is the file that does not exist, `ANSWER_FAILURE` or
+ *   `GENERATOR_FAILURE`; there is none when the channel is not answered or already hung up.
+ * - `params` (`P`): the application and its arguments. Commas inside an argument are not escaped, so they split it.
+ * - `variables` (`G`): `name=value,…`, to be read with {@linkcode parseVariables}.
+ * - `inform` (`I`): with the dialplan's option `i`, `HANGUP` says that the caller is gone and the call still ours to end.
+ * - `hangup` (`H`), `exit` (`E`): the call left the application; the stream ends.
+ * - `unknown`: every other line, as it came, without its line break.
+ */
+export type IvrEvent =
+  | { type: "dtmf"; timestamp: number; digit: Digit }
+  | { type: "finished"; timestamp: number; file: string }
+  | { type: "interrupted"; timestamp: number; file?: string }
+  | { type: "dropped"; timestamp: number; file: string }
+  | { type: "failed"; timestamp: number; reason?: string }
+  | { type: "params"; timestamp: number; params: string[] }
+  | { type: "variables"; timestamp: number; data: string }
+  | { type: "inform"; timestamp: number; message: string }
+  | { type: "hangup"; timestamp: number }
+  | { type: "exit"; timestamp: number }
+  | { type: "unknown"; line: string };
+
+/** What went wrong, for programs: see {@linkcode IvrError}. */
+export type IvrErrorCode =
+  | "refused"
+  | "ended"
+  | "invalid"
+  | "too-long"
+  | "overflow"
+  | "truncated"
+  | "aborted";
+
+/**
+ * The one error of this module. `code` tells what went wrong:
+ *
+ * - `invalid`, `too-long`: a value that the wire cannot carry. Nothing was sent. (`too-long` also ends a session
+ *   whose peer sends a line without end.)
+ * - `refused`: Asterisk answered the command with `Z`.
+ * - `ended`: the call ended before the command was known to be carried out.
+ * - `truncated`: Asterisk cut the reply to `G`; `partial` holds what came.
+ * - `overflow`: more events waited than {@linkcode SessionOptions.maxQueue}.
+ * - `aborted`: the reason of a {@linkcode Session.signal} that was aborted by the caller hanging up.
+ */
+export class IvrError extends Error {
+  /** Always `"IvrError"`. */
+  override name = "IvrError";
+  /** What went wrong. */
+  code: IvrErrorCode;
+  /** With `truncated`: the variables as they came, the last bytes missing. */
+  partial?: Record<string, string>;
+
+  /** Makes an error with a code, a message, and perhaps the error behind it. */
+  constructor(code: IvrErrorCode, message: string, options?: ErrorOptions) {
+    super(message, options);
+    this.code = code;
+  }
+}
+
+const DIGITS = "0123456789*#ABCD";
+
+/**
+ * Reads one line from Asterisk, with or without its `\n` or `\r\n`. Never throws: what it does not understand is
+ * `unknown`.
+ *
+ * Only the first two commas separate; data is raw. `D` is the key D without data and a dropped file with it.
+ *
+ * @example
+ * ```ts
+ * import assert from "node:assert/strict";
+ * import { parseEvent } from "@externalivr/protocol";
+ *
+ * assert.deepEqual(parseEvent("D,1795372496"), { type: "dtmf", timestamp: 1795372496, digit: "D" });
+ * assert.deepEqual(parseEvent("D,1795372496,beep"), { type: "dropped", timestamp: 1795372496, file: "beep" });
+ * ```
+ */
+export function parseEvent(line: string): IvrEvent {
+  line = chomp(line);
+  let at = 2;
+  while (line.charCodeAt(at) === 32) at++; // "%10d" pads with blanks on the left
+  const negative = line.charCodeAt(at) === 45;
+  if (negative) at++;
+  const start = at;
+  let timestamp = 0;
+  for (let digit; (digit = line.charCodeAt(at) - 48) >= 0 && digit <= 9; at++) {
+    timestamp = timestamp * 10 + digit;
+  }
+  if (at > start && line[1] === ",") {
+    if (negative) timestamp = -timestamp;
+    const tag = line[0]!;
+    if (at === line.length) {
+      if (DIGITS.includes(tag)) {
+        return { type: "dtmf", timestamp, digit: tag as Digit };
+      }
+      switch (tag) {
+        case "T":
+          return { type: "interrupted", timestamp };
+        case "Z":
+          return { type: "failed", timestamp };
+        case "H":
+          return { type: "hangup", timestamp };
+        case "E":
+          return { type: "exit", timestamp };
+      }
+    } else if (line[at] === "," && ++at < line.length) {
+      const data = line.slice(at);
+      switch (tag) {
+        case "F":
+          return { type: "finished", timestamp, file: data };
+        case "T":
+          return { type: "interrupted", timestamp, file: data };
+        case "D":
+          return { type: "dropped", timestamp, file: data };
+        case "Z":
+          return { type: "failed", timestamp, reason: data };
+        case "P":
+          return { type: "params", timestamp, params: data.split(",") };
+        case "G":
+          return { type: "variables", timestamp, data };
+        case "I":
+          return { type: "inform", timestamp, message: data };
+      }
+    }
+  }
+  return { type: "unknown", line };
+}
+
+/** The tag of each event, and where its data is. */
+const TAGS = {
+  finished: ["F", "file"],
+  interrupted: ["T", "file"],
+  dropped: ["D", "file"],
+  failed: ["Z", "reason"],
+  params: ["P", "params"],
+  variables: ["G", "data"],
+  inform: ["I", "message"],
+  hangup: ["H", ""],
+  exit: ["E", ""],
+} as const;
+
+/**
+ * Writes an event as Asterisk does, with its newline: the other direction of {@linkcode parseEvent}, for hosts and
+ * tests.
+ *
+ * @throws {IvrError} `invalid` for what would not be read as it was written: a CR, LF or NUL, an empty element, a comma in
+ * one of the `params`, a timestamp that is no integer, an `unknown` line that means something.
+ *
+ * @example
+ * ```ts
+ * import assert from "node:assert/strict";
+ * import { formatEvent } from "@externalivr/protocol";
+ *
+ * assert.deepEqual(formatEvent({ type: "finished", timestamp: 1, file: "beep" }), "F,         1,beep\n");
+ * ```
+ */
+export function formatEvent(event: IvrEvent): string {
+  if (event.type === "unknown") {
+    return checked("line", event, event.line, parseEvent);
+  }
+  const { type, timestamp } = event;
+  const [tag, field] = type === "dtmf" ? [event.digit, "digit"] : TAGS[type];
+  if (!Number.isSafeInteger(timestamp)) {
+    refuse("timestamp", timestamp, "it has to be an integer");
+  }
+  const data = type === "dtmf" ? undefined : (event as Fields)[field];
+  return checked(
+    field,
+    event,
+    [tag, String(timestamp).padStart(10), ...data === undefined ? [] : [data]]
+      .join(),
+    parseEvent,
+  );
+}
+
+/** An event or command by the names of its fields. */
+type Fields = Record<string, unknown>;
+
+/** Lets out only what will be read as it was meant. */
+function checked(
+  field: string,
+  meant: Fields,
+  line: string,
+  parse: (line: string) => Fields,
+): string {
+  const read = parse(line);
+  const value = JSON.stringify(meant[field]);
+  if (/[\0\r\n\p{Surrogate}]/u.test(line)) {
+    refuse(field, value, "no CR, LF, NUL or half a character can pass");
+  }
+  if (meant.type !== read.type || value !== JSON.stringify(read[field])) {
+    refuse(
+      field,
+      value,
+      `it would be read as ${JSON.stringify(read[field] ?? read.type)}`,
+    );
+  }
+  return line + "\n";
+}
+
+function refuse(field: string, value: unknown, rule: string): never {
+  throw new IvrError(
+    "invalid",
+    `Cannot send ${field} ${String(value).slice(0, 80)}: ${rule}`,
+  );
+}
+
+function chomp(line: string): string {
+  return line.endsWith("\n") ? line.slice(0, line.endsWith("\r\n") ? -2 : -1) : line;
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// 2. Commands: application to Asterisk, `letter,payload`
+// ---------------------------------------------------------------------------------------------------------
+
+/**
+ * What an application asks of Asterisk. File names are without suffix, as everywhere in the dialplan.
+ *
+ * - `play` (`S`): clear the playlist and play this file; `queue` (`A`): play it after what waits.
+ * - `interrupt` (`I`): stop and clear the playlist. `answer` (`T`): answer the channel.
+ * - `dtmf` (`D`): press keys toward the caller, `interval` milliseconds apart (absent or 0: Asterisk's 250), each
+ *   held for `duration` milliseconds (absent or 0: Asterisk's default).
+ * - `autoclear` (`O`): whether a key interrupts and clears the playlist by itself.
+ * - `set` (`V`), `get` (`G`): channel variables. `params` (`P`): the arguments of the dialplan's call.
+ * - `log` (`L`): a line for Asterisk's log. `hangup` (`H`), `exit` (`E`): log the message and end the call, or go on
+ *   in the dialplan.
+ * - `unknown`: every other line. Asterisk ignores it without a word.
+ */
+export type IvrCommand =
+  | { type: "play"; file: string }
+  | { type: "queue"; file: string }
+  | { type: "interrupt" }
+  | { type: "answer" }
+  | { type: "dtmf"; digits: string; interval?: number; duration?: number }
+  | { type: "autoclear"; on: boolean }
+  | { type: "set"; variables: Record<string, string> }
+  | { type: "get"; names: string[] }
+  | { type: "params" }
+  | { type: "log"; message: string }
+  | { type: "hangup"; message?: string }
+  | { type: "exit"; message?: string }
+  | { type: "unknown"; line: string };
+
+/** How characters become bytes: `latin1` carries every byte as the character of its number, both ways. */
+export type Encoding = "utf-8" | "latin1";
+
+/** Asterisk cuts a longer line and runs the rest of it as the next command. */
+const MAX_COMMAND_BYTES = 1022;
+
+/** The letter of each command, and where its payload is. */
+const LETTERS = {
+  play: ["S", "file"],
+  queue: ["A", "file"],
+  interrupt: ["I", ""],
+  answer: ["T", ""],
+  dtmf: ["D", "digits"],
+  autoclear: ["O", "on"],
+  set: ["V", "variables"],
+  get: ["G", "names"],
+  params: ["P", ""],
+  log: ["L", "message"],
+  hangup: ["H", "message"],
+  exit: ["E", "message"],
+} as const;
+
+/**
+ * Reads one command as Asterisk does: a NUL ends it, blanks at its end are trimmed, only its first character and what
+ * stands behind the second count, and fewer than three characters mean nothing. Never throws: what Asterisk would
+ * ignore is `unknown`. The deprecated `X` reads as `exit`.
+ *
+ * @example
+ * ```ts
+ * import assert from "node:assert/strict";
+ * import { parseCommand } from "@externalivr/protocol";
+ *
+ * assert.deepEqual(parseCommand("V,A=1,B=x=y\n"), { type: "set", variables: { A: "1", B: "x=y" } });
+ * assert.deepEqual(parseCommand("E,"), { type: "unknown", line: "E," });
+ * ```
+ */
+export function parseCommand(line: string): IvrCommand {
+  line = chomp(line);
+  let end = line.indexOf("\0");
+  if (end < 0) end = line.length;
+  while (end > 0 && line.charCodeAt(end - 1) <= 32) end--;
+  const payload = line.slice(2, end);
+  switch (payload && line[0]) {
+    case "S":
+      return { type: "play", file: payload };
+    case "A":
+      return { type: "queue", file: payload };
+    case "I":
+      return { type: "interrupt" };
+    case "T":
+      return { type: "answer" };
+    case "D": {
+      const [, digits, interval, duration] = /^([0-9A-D*#]+)(?:,(\d*)(?:,(\d*))?)?$/.exec(payload) ?? [];
+      if (!digits) break;
+      const command: IvrCommand = { type: "dtmf", digits };
+      if (interval) command.interval = Number(interval);
+      if (duration) command.duration = Number(duration);
+      return command;
+    }
+    case "O":
+      if (!/^(no)?autoclear$/i.test(payload)) break;
+      return { type: "autoclear", on: payload.length === "autoclear".length };
+    case "V": {
+      const pairs = payload.split(",").map((pair) => /^([^=]*)=?(.*)$/s.exec(pair)!.slice(1));
+      return { type: "set", variables: Object.fromEntries(pairs) };
+    }
+    case "G":
+      return { type: "get", names: payload.split(",") };
+    case "P":
+      return { type: "params" };
+    case "L":
+      return { type: "log", message: payload };
+    case "H":
+      return { type: "hangup", message: payload };
+    case "E":
+    case "X":
+      return { type: "exit", message: payload };
+  }
+  return { type: "unknown", line };
+}
+
+/**
+ * Writes a command with its newline. The payload is never empty, since Asterisk ignores a command without one.
+ *
+ * @throws {IvrError} `invalid` for what Asterisk would not read as it was written: an empty element, a CR, LF or NUL, a
+ * blank at an end, a comma in a variable's name or value, an equals sign in a name, a key that does not exist, a character
+ * beyond U+00FF with `latin1`; `too-long` over 1022 bytes.
+ *
+ * @example
+ * ```ts
+ * import assert from "node:assert/strict";
+ * import { formatCommand, IvrError } from "@externalivr/protocol";
+ *
+ * assert.deepEqual(formatCommand({ type: "dtmf", digits: "123#", duration: 80 }), "D,123#,,80\n");
+ * assert.throws(() => formatCommand({ type: "set", variables: { LIST: "a,b" } }), IvrError);
+ * ```
+ */
+export function formatCommand(
+  command: IvrCommand,
+  encoding: Encoding = "utf-8",
+): string {
+  const { type } = command;
+  const [letter, field] = type === "unknown" ? ["", "line"] : LETTERS[type];
+  let meant: Fields = command;
+  let payload = meant[field] ?? type;
+  switch (type) {
+    case "dtmf":
+      for (const time of ["interval", "duration"] as const) {
+        const ms = command[time] ?? 0;
+        if (!(Number.isSafeInteger(ms) && ms >= 0)) {
+          refuse(time, ms, "it has to be whole milliseconds");
+        }
+      }
+      payload = [command.digits, command.interval, command.duration].join()
+        .replace(/,+$/, "");
+      break;
+    case "autoclear":
+      payload = command.on ? "autoclear" : "noautoclear";
+      break;
+    case "set":
+      payload = Object.entries(command.variables).map((pair) => pair.join("="))
+        .join();
+      break;
+    case "get":
+      if (command.names.some((name) => /=/.test(name))) refuse(field, payload, "no name holds an equals sign");
+      break;
+    case "hangup":
+    case "exit":
+      meant = { ...command, message: payload };
+  }
+  const line = checked(
+    field,
+    meant,
+    (letter && letter + ",") + payload,
+    parseCommand,
+  );
+  const bytes = encode(line, encoding).length - 1;
+  if (encoding === "latin1" && /[^\0-\xff]/.test(line)) {
+    refuse(field, payload, "it does not fit into Latin-1");
+  }
+  if (bytes > MAX_COMMAND_BYTES) {
+    throw new IvrError(
+      "too-long",
+      `Cannot send ${field}: ${bytes} bytes exceed ${MAX_COMMAND_BYTES}`,
+    );
+  }
+  return line;
+}
+
+/**
+ * Reads the data of a `variables` event, given the names that were asked, in their order: so commas and equals signs in
+ * values come back whole, as long as no value looks like the next name. A name whose value Asterisk cut away is absent.
+ *
+ * @example
+ * ```ts
+ * import assert from "node:assert/strict";
+ * import { parseVariables } from "@externalivr/protocol";
+ *
+ * assert.deepEqual(parseVariables("A=1,2=3,B=", ["A", "B"]), { A: "1,2=3", B: "" });
+ * ```
+ */
+export function parseVariables(
+  data: string,
+  names: string[],
+): Record<string, string> {
+  const values: [string, string][] = [];
+  let at = 0;
+  for (const [i, name] of names.entries()) {
+    if (!data.startsWith(name + "=", at)) break;
+    at += name.length + 1;
+    const next = i + 1 < names.length ? data.indexOf(`,${names[i + 1]}=`, at) : -1;
+    values.push([name, next < 0 ? data.slice(at) : data.slice(at, next)]);
+    if (next < 0) break;
+    at = next + 1;
+  }
+  return Object.fromEntries(values); // which takes "__proto__" as a name like any other
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// 3. Lines: bytes to lines
+// ---------------------------------------------------------------------------------------------------------
+
+/** Where bytes come from: a `ReadableStream<Uint8Array>` of any runtime, or as much of one as is used. */
+export interface Source {
+  /** Takes the stream for this reader alone. */
+  getReader(): {
+    /** The next chunk, or `done`. */
+    read(): Promise<{ done: boolean; value?: Uint8Array }>;
+    /** Gives the stream up. */
+    cancel(reason?: unknown): Promise<void>;
+  };
+}
+
+/** Where bytes go: a `WritableStream<Uint8Array>` of any runtime, or as much of one as is used. */
+export interface Sink {
+  /** Takes the stream for this writer alone. */
+  getWriter(): {
+    /** Takes a chunk; settles when it went out. */
+    write(chunk: Uint8Array): Promise<void>;
+    /** Ends the stream after what was written. */
+    close(): Promise<void>;
+    /** Ends the stream at once. */
+    abort(reason?: unknown): Promise<void>;
+  };
+}
+
+/** How bytes become lines. */
+export interface LinesOptions {
+  /** `"utf-8"`, where malformed bytes become U+FFFD, or `"latin1"`, which loses none. The default is `"utf-8"`. */
+  encoding?: Encoding;
+  /** The longest line, in characters without its line break: a bound on memory. The default is 64 KiB. */
+  maxLine?: number;
+}
+
+/**
+ * The lines of a stream of bytes, without their `\n` or `\r\n`, wherever the chunks were cut. A last line without a
+ * newline is a line too. Leaving the loop cancels the stream.
+ *
+ * A line is a slice of its chunk's text: keep a copy of what is to be kept long.
+ *
+ * @throws {IvrError} `too-long` when a line exceeds `maxLine`, after the lines before it.
+ *
+ * @example
+ * ```ts
+ * import assert from "node:assert/strict";
+ * import { lines } from "@externalivr/protocol";
+ *
+ * const bytes = new Blob(["1,1795372496\nH,17953", "72497"]).stream();
+ * assert.deepEqual(await Array.fromAsync(lines(bytes)), ["1,1795372496", "H,1795372497"]);
+ * ```
+ */
+export async function* lines(
+  readable: Source,
+  options: LinesOptions = {},
+): AsyncGenerator<string, void, void> {
+  const cut = cutter(options);
+  const reader = readable.getReader();
+  try {
+    for (let done = false; !done;) {
+      const chunk = await reader.read();
+      done = chunk.done;
+      yield* cut(done ? undefined : chunk.value);
+    }
+  } finally {
+    await reader.cancel().catch(ignore);
+  }
+}
+
+/** Cuts chunks into lines; called without a chunk, gives what is left. */
+function cutter(
+  { encoding = "utf-8", maxLine = 65536 }: LinesOptions,
+): (chunk?: Uint8Array) => Iterable<string> {
+  const decode = decoder(encoding);
+  let rest = "";
+  return function* (chunk) {
+    const text = decode(chunk);
+    let from = 0;
+    for (let to; (to = text.indexOf("\n", from)) >= 0; from = to + 1) {
+      const line = rest + text.slice(from, to);
+      rest = "";
+      yield bounded(line.endsWith("\r") ? line.slice(0, -1) : line);
+    }
+    rest = bounded(rest + text.slice(from));
+    if (!chunk && rest) yield rest;
+  };
+
+  function bounded(line: string): string {
+    if (line.length > maxLine) {
+      throw new IvrError(
+        "too-long",
+        `Cannot read "${line.slice(0, 80)}…": more than ${maxLine} characters in a line`,
+      );
+    }
+    return line;
+  }
+}
+
+/** The decoder named "latin1" is Windows-1252 everywhere: bytes 0x80 to 0x9F would not come back. */
+function decoder(encoding: Encoding): (chunk?: Uint8Array) => string {
+  if (encoding === "latin1") {
+    return (chunk = new Uint8Array()) => Array.from(chunk, (byte) => String.fromCharCode(byte)).join("");
+  }
+  let utf8: TextDecoder | undefined; // made with the first bytes: a quiet call costs none
+  return (chunk) =>
+    (utf8 ??= new TextDecoder("utf-8", { ignoreBOM: true })).decode(chunk, {
+      stream: !!chunk,
+    });
+}
+
+function encode(text: string, encoding: Encoding): Uint8Array {
+  return encoding === "latin1" ? Uint8Array.from(text, (char) => char.charCodeAt(0)) : new TextEncoder().encode(text);
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// 4. Session: a live call
+// ---------------------------------------------------------------------------------------------------------
+
+/** Limits and encoding of a {@linkcode Session}. */
+export interface SessionOptions extends LinesOptions {
+  /** How many events may wait for the iterator before the session fails with `overflow`. The default is 10,000. */
+  maxQueue?: number;
+}
+
+/**
+ * What became of a prompt.
+ *
+ * - `finished`: it played to its end. `interrupted`: it was stopped while it played. `dropped`: it was removed before
+ *   its turn.
+ * - `missing`: there is no such file. `refused`: the channel is not answered, or hung up.
+ * - `skipped`: the file exists but Asterisk could not open it. It says so to nobody: only something behind it that
+ *   moved on tells.
+ * - `ended`: the call ended first.
+ */
+export type Outcome =
+  | "finished"
+  | "interrupted"
+  | "dropped"
+  | "missing"
+  | "refused"
+  | "skipped"
+  | "ended";
+
+/** How a call ended: who ended it, and for `error` with what. `disconnect` is the end of the stream without a word. */
+export interface Ending {
+  /** Who ended the call. */
+  by: "caller" | "hangup" | "exit" | "disconnect" | "error";
+  /** What failed: an {@linkcode IvrError}, or the error of a stream. */
+  error?: unknown;
+}
+
+/** What {@linkcode Session.gather} plays, collects and waits for. */
+export interface GatherOptions {
+  /** Files to play first, queued behind what plays already. */
+  prompt?: string | string[];
+  /** Done with so many digits. The default is no limit. */
+  maxDigits?: number;
+  /** Each of these keys ends the input and is no part of it. The default is `"#"`. */
+  terminators?: string;
+  /** Milliseconds to the first key, from the end of the prompts. The default is 5000; `Infinity` waits for ever. */
+  timeout?: number;
+  /** Milliseconds to each further key. The default is `timeout`. */
+  interDigitTimeout?: number;
+  /** Whether the first key interrupts the prompts, and a key that waits already skips them. The default is `true`. */
+  bargeIn?: boolean;
+  /** Whether keys pressed before are thrown away rather than taken (type-ahead). The default is `false`. */
+  flush?: boolean;
+  /** Ends the gathering early. */
+  signal?: AbortSignal;
+}
+
+/** What was gathered, and why it ended there. */
+export interface Gathered {
+  /** The keys, without the terminator. */
+  digits: string;
+  /** Why the gathering ended. */
+  reason: "maxDigits" | "terminator" | "timeout" | "hangup" | "aborted";
+  /** The key that ended it, if one did. */
+  terminator?: Digit;
+}
+
+/** A command under way. */
+interface Asked {
+  /** The variable whose `G` answers; none for `P`. */
+  name: string;
+  /** Whether the answer is the user's, who sent the question bare. */
+  bare?: boolean;
+  /** Its prompt, for `S` and `A`. */
+  prompt?: Prompt;
+  /** Once answered it has cleared the playlist: every prompt below this number is gone. */
+  clears?: number;
+  resolve(answer: unknown): void;
+  reject(error: IvrError): void;
+}
+
+/** A file in the playlist, or on its way there. */
+interface Prompt {
+  file: string;
+  number: number;
+  settle(outcome: Outcome): void;
+}
+
+/** First in, first out, at the same cost whatever its length. */
+class Fifo<T> {
+  pushed = 0;
+  taken = 0;
+  #head?: Link<T>;
+  #tail?: Link<T>;
+
+  get size(): number {
+    return this.pushed - this.taken;
+  }
+
+  get first(): T | undefined {
+    return this.#head?.value;
+  }
+
+  push(value: T): void {
+    const link = { value };
+    if (this.#head) this.#tail!.next = link;
+    else this.#head = link;
+    this.#tail = link;
+    this.pushed++;
+  }
+
+  take(): T | undefined {
+    const link = this.#head;
+    if (!link) return undefined;
+    this.#head = link.next;
+    this.taken++;
+    return link.value;
+  }
+}
+
+interface Link<T> {
+  value: T;
+  next?: Link<T>;
+}
+
+/** How long Asterisk's last words, or ours, may take: milliseconds. */
+const GRACE = 1000;
+
+const ignore = (): void => {};
+
+/** A timer that keeps no process alive. */
+function later(run: () => void, ms: number): ReturnType<typeof setTimeout> {
+  const timer = setTimeout(run, ms);
+  (timer as { unref?(): void }).unref?.();
+  return timer;
+}
+
+/** Runs at once, turns what it throws into a rejection, and keeps that from being an unhandled one. */
+function quiet<T>(run: () => Promise<T>): Promise<T> {
+  const promise = new Promise<T>((resolve) => resolve(run()));
+  promise.catch(ignore);
+  return promise;
+}
+
+/**
+ * A live call. It reads from the constructor on, whatever the user's code does: Asterisk writes from the thread that
+ * carries the audio, so a reader that stops freezes the call.
+ *
+ * Two styles, alone or together: `for await (const event of session)` gives every event that nothing else asked for,
+ * once and in order; and each command is a promise. Keys go to the {@linkcode Session.gather} under way, and wait for
+ * the next one or for the iterator otherwise.
+ *
+ * A command's promise resolves when Asterisk has carried it out and rejects with an {@linkcode IvrError}: `invalid` or
+ * `too-long` before anything is sent, `refused` when Asterisk answers `Z`, `ended` when the call ends first. A promise
+ * that nobody awaits is never an unhandled rejection.
+ *
+ * How it knows, and why nothing stalls: most commands have no answer, but Asterisk carries them out in order, and
+ * answers a `G` with the name that was asked. So a `G` of a name that nobody sets goes out behind each command, and its
+ * answer acknowledges it; a `Z` before that answer is the command's. Since Asterisk 15 lines that arrive together wait
+ * for further bytes, so while something is awaited an empty line follows after a millisecond, and again, ever more
+ * slowly.
+ *
+ * @example Events
+ * ```ts
+ * import { Session, type Sink, type Source } from "@externalivr/protocol";
+ *
+ * async function echoKeys(streams: { readable: Source; writable: Sink }) {
+ *   const ivr = new Session(streams);
+ *   for await (const event of ivr) {
+ *     if (event.type === "dtmf") ivr.play(`digits/${event.digit}`);
+ *   }
+ * }
+ * ```
+ */
+export class Session {
+  #reader: ReturnType<Source["getReader"]>;
+  #writer: ReturnType<Sink["getWriter"]>;
+  #encoding: Encoding;
+  #maxQueue: number;
+
+  // Reading: what waits for the iterator, keys apart since a gather takes them out of turn
+  #events = new Fifo<IvrEvent>();
+  #keys = new Fifo<{ key: IvrEvent & { type: "dtmf" }; turn: number }>();
+  #waiters: (() => boolean)[] = [];
+  #drained?: () => void;
+  #gathering?: () => void;
+
+  // Writing: what waits to go out, what waits for an answer, and the timer of the wake-ups
+  #out = "";
+  #asked: Asked[] = [];
+  #prompts: Prompt[] = [];
+  #count = 0;
+  #timer?: ReturnType<typeof setTimeout>;
+
+  // Ending: what was asked, said and seen of it
+  #leaving?: "hangup" | "exit";
+  #said?: Ending["by"];
+  #broken?: unknown;
+  #hangup = new AbortController();
+  #ending?: Ending;
+  #end!: (ending: Ending) => void;
+  #released?: Promise<void>;
+
+  /** Aborted when the caller is gone: on `H`, on `I,…,HANGUP`, at the end of the stream. Hand it to `fetch`. */
+  readonly signal: AbortSignal = this.#hangup.signal;
+
+  /** How the call ended, once it has. Never rejects. */
+  readonly closed: Promise<Ending> = new Promise((resolve) => this.#end = resolve);
+
+  /**
+   * Takes both streams and starts to read.
+   *
+   * @throws {TypeError} when one of the streams is locked already.
+   */
+  constructor(
+    streams: { readable: Source; writable: Sink },
+    options: SessionOptions = {},
+  ) {
+    this.#encoding = options.encoding ?? "utf-8";
+    this.#maxQueue = options.maxQueue ?? 10_000;
+    this.#reader = streams.readable.getReader();
+    this.#writer = streams.writable.getWriter();
+    this.#read(cutter(options));
+  }
+
+  /**
+   * Sends any command, as the methods below do. A `get` or `params` sent like this has its reply in the iterator; `play`
+   * and `queue` reject when the file is missing.
+   */
+  send(command: IvrCommand): Promise<void> {
+    return quiet(() => this.#send(command).then(ignore));
+  }
+
+  /** Clears the playlist, plays the file, and resolves with what became of it. */
+  play(file: string): Promise<Outcome> {
+    return this.#prompt({ type: "play", file });
+  }
+
+  /** Plays the file after what waits in the playlist, and resolves with what became of it. */
+  queue(file: string): Promise<Outcome> {
+    return this.#prompt({ type: "queue", file });
+  }
+
+  /** Stops and clears the playlist (Asterisk 11). */
+  interrupt(): Promise<void> {
+    return this.send({ type: "interrupt" });
+  }
+
+  /** Answers the channel, for the dialplan's option `n`. */
+  answer(): Promise<void> {
+    return this.send({ type: "answer" });
+  }
+
+  /** Whether a key interrupts and clears the playlist by itself. */
+  autoclear(on: boolean): Promise<void> {
+    return this.send({ type: "autoclear", on });
+  }
+
+  /** Sets channel variables, or functions like `CALLERID(name)`, for the dialplan to read. */
+  set(variables: Record<string, string>): Promise<void> {
+    return this.send({ type: "set", variables });
+  }
+
+  /** Presses keys toward the caller. Asterisk does nothing else meanwhile. */
+  sendDtmf(
+    digits: string,
+    options: { interval?: number; duration?: number } = {},
+  ): Promise<void> {
+    return this.send({ type: "dtmf", digits, ...options });
+  }
+
+  /** Writes any text to Asterisk's log: each of its lines, cut where the wire ends, control characters as blanks. */
+  log(text: string): Promise<void> {
+    return quiet(async () => {
+      const pieces: string[] = [];
+      const room = new Uint8Array(MAX_COMMAND_BYTES - "L,".length);
+      for (const line of text.split(/[\n\r]/)) {
+        const strange = this.#encoding === "latin1" ? /[^\0-\xff]/gu : /\p{Surrogate}/gu;
+        let rest = line.replace(/[\0-\x1f\x7f]/g, " ").replace(strange, "?")
+          .trimEnd();
+        while (rest) {
+          const { read } = new TextEncoder().encodeInto(rest, room);
+          pieces.push(rest.slice(0, read).trimEnd());
+          rest = rest.slice(read);
+        }
+      }
+      await Promise.all(
+        pieces.filter(Boolean).map((message) => this.#send({ type: "log", message })),
+      );
+    });
+  }
+
+  /**
+   * Reads channel variables, or globals, one `G` a name. An unset one is empty; so are functions like `CALLERID(num)` and
+   * built-ins like `EXTEN`, which the dialplan has to copy into a variable first.
+   *
+   * Rejects with `truncated` when Asterisk may have cut a value: at 2047 bytes of name, equals sign and value, or at
+   * 2046, since a comma at the cut is lost as well.
+   */
+  get(...names: string[]): Promise<Record<string, string>> {
+    return quiet(async () => {
+      const questions = names.map((name) => formatCommand({ type: "get", names: [name] }, this.#encoding));
+      const answers = await Promise.all(
+        names.map((name, i) => this.#ask<string>(questions[i]!, { name })),
+      );
+      const values = Object.fromEntries(
+        names.map((name, i) => [name, answers[i]!.slice(name.length + 1)]),
+      );
+      const cut = names.find((_, i) => encode(answers[i]!, this.#encoding).length >= 2046);
+      if (cut === undefined) return values;
+      const error = new IvrError(
+        "truncated",
+        `Cannot get "${cut}" whole: Asterisk cuts at 2047 bytes`,
+      );
+      error.partial = values;
+      throw error;
+    });
+  }
+
+  /** The dialplan's call: the command itself (`ivr://host` or the program's path) and its arguments. */
+  params(): Promise<string[]> {
+    return quiet(() => this.#ask<string[]>("P,params\n", { name: "" }));
+  }
+
+  /**
+   * Plays prompts and collects keys until `maxDigits`, a terminator, a pause, or the end of the call, and resolves with
+   * what was collected so far in every case. A key past the end waits for whoever comes next.
+   *
+   * The first key's time runs from the end of the prompts. A prompt that Asterisk silently skips (see
+   * {@linkcode Outcome}) has no end before the next thing in the playlist moves on.
+   *
+   * Rejects with `invalid` for options out of range, and when another `gather` is under way.
+   *
+   * @example An account number, in up to three tries
+   * ```ts
+   * import type { Session } from "@externalivr/protocol";
+   *
+   * async function account(ivr: Session): Promise<string | undefined> {
+   *   for (let tries = 0; tries < 3; tries++) {
+   *     const { digits, reason } = await ivr.gather({ prompt: ["please-enter-your", "account"], maxDigits: 8 });
+   *     if (digits || reason === "hangup") return digits;
+   *   }
+   * }
+   * ```
+   */
+  gather(options: GatherOptions = {}): Promise<Gathered> {
+    return quiet(() => this.#gather(options));
+  }
+
+  /** Ends the call with a message for the log. Resolves when the stream has ended, whoever ended it. */
+  hangup(message?: string): Promise<void> {
+    return this.send({ type: "hangup", message });
+  }
+
+  /** Goes on in the dialplan, with a message for the log. Resolves when the stream has ended, whoever ended it. */
+  exit(message?: string): Promise<void> {
+    return this.send({ type: "exit", message });
+  }
+
+  /** Closes the streams without a word, whereupon Asterisk hangs up. What was sent before still goes out. */
+  close(): Promise<void> {
+    this.#finish();
+    return this.#released!;
+  }
+
+  /** The same as {@linkcode Session.close}, for `await using`. */
+  [Symbol.asyncDispose](): Promise<void> {
+    return this.close();
+  }
+
+  /**
+   * Every event that nothing else asked for, in order, each once: two loops share them. Leaving the loop leaves the
+   * session as it is. The loop ends with the call, and throws what it failed with, if it did.
+   */
+  [Symbol.asyncIterator](): AsyncIterableIterator<IvrEvent, undefined> {
+    let left = false;
+    const next = (): Promise<IteratorResult<IvrEvent, undefined>> => {
+      const value = this.#take();
+      if (value) return Promise.resolve({ value, done: false });
+      return new Promise((resolve, reject) => {
+        this.#waiters.push(() => {
+          const value = left ? undefined : this.#take();
+          if (!value && !left && !this.#ending) return true;
+          if (value) resolve({ value, done: false });
+          else if (!left && this.#ending!.by === "error") {
+            reject(this.#ending!.error);
+          } else resolve({ value, done: true });
+          return false;
+        });
+        this.#deliver();
+      });
+    };
+    return {
+      next,
+      return: () => {
+        left = true;
+        this.#deliver();
+        return Promise.resolve({ value: undefined, done: true });
+      },
+      [Symbol.asyncIterator]() {
+        return this;
+      },
+    };
+  }
+
+  async #read(cut: (chunk?: Uint8Array) => Iterable<string>): Promise<void> {
+    try {
+      for (let done = false; !done;) {
+        const chunk = await this.#reader.read();
+        done = chunk.done;
+        for (const line of cut(done ? undefined : chunk.value)) {
+          if (this.#ending) return;
+          this.#receive(parseEvent(line));
+          if (this.#waiting > this.#maxQueue) await this.#room();
+        }
+      }
+      this.#finish();
+    } catch (error) {
+      this.#finish(error);
+    }
+  }
+
+  /** How many events wait. */
+  get #waiting(): number {
+    return this.#events.size + this.#keys.size;
+  }
+
+  /** Waits for the events to be taken, but no longer than a turn of the event loop. */
+  async #room(): Promise<void> {
+    await new Promise<void>((resolve) => {
+      const timer = setTimeout(resolve);
+      this.#drained = () => (clearTimeout(timer), resolve());
+    });
+    if (this.#waiting > this.#maxQueue) {
+      throw new IvrError(
+        "overflow",
+        `Cannot keep more than ${this.#maxQueue} events: nobody takes them`,
+      );
+    }
+  }
+
+  /** Gives an event to who asked for it; everything else goes to the iterator. */
+  #receive(event: IvrEvent): void {
+    switch (event.type) {
+      case "dtmf":
+        this.#keys.push({ key: event, turn: this.#events.pushed });
+        this.#gathering?.();
+        return this.#deliver();
+      case "params":
+        if (this.#answered("", event.params)) return;
+        break;
+      case "variables":
+        if (this.#answered(event.data.split("=", 1)[0]!, event.data)) return;
+        break;
+      case "finished":
+      case "interrupted":
+      case "dropped":
+        this.#moved(event.type, event.file);
+        break;
+      case "failed":
+        this.#refused(event.reason);
+        break;
+      case "inform":
+        if (event.message === "HANGUP") this.#hungUp();
+        break;
+      case "hangup":
+        this.#said = this.#leaving === "hangup" ? "hangup" : "caller";
+        this.#hungUp();
+        break;
+      case "exit":
+        this.#said = "exit";
+    }
+    this.#events.push(event);
+    this.#deliver();
+  }
+
+  /** Settles the command that a reply answers. False when the iterator is to have the reply. */
+  #answered(name: string, answer: string | string[]): boolean {
+    const at = this.#asked.findIndex((asked) => asked.name === name);
+    if (at < 0) return false;
+    const [asked] = this.#asked.splice(at, 1) as [Asked];
+    while (this.#prompts[0] && this.#prompts[0].number < asked.clears!) {
+      this.#prompts.shift()!.settle("skipped");
+    }
+    asked.resolve(answer);
+    this.#wake();
+    return !asked.bare;
+  }
+
+  /** A file left the playlist. What should have left before it, and did not say so, was skipped. */
+  #moved(outcome: Outcome, file?: string): void {
+    const at = file === undefined ? 0 : this.#prompts.findIndex((prompt) => prompt.file === file);
+    for (let i = 0; i < at; i++) this.#prompts.shift()!.settle("skipped");
+    if (at >= 0) this.#prompts.shift()?.settle(outcome);
+  }
+
+  /** A `Z` is the command's whose acknowledgement comes next. */
+  #refused(reason?: string): void {
+    const asked = this.#asked[0];
+    if (!asked) return;
+    asked.reject(
+      new IvrError(
+        "refused",
+        `Asterisk refused: ${reason ?? "the channel is not answered, or hung up"}`,
+      ),
+    );
+    asked.clears = 0;
+    this.#prompts = this.#prompts.filter((prompt) => prompt !== asked.prompt);
+    asked.prompt?.settle(reason === undefined ? "refused" : "missing");
+  }
+
+  /** The oldest event that the iterator may have: not a key while a gather is under way. */
+  #take(): IvrEvent | undefined {
+    const key = this.#gathering ? undefined : this.#keys.first;
+    const event = key && key.turn <= this.#events.taken ? this.#keys.take()!.key : this.#events.take();
+    if (!this.#waiting) this.#drained?.();
+    return event;
+  }
+
+  /** Lets each wait of an iterator try again, the oldest first. */
+  #deliver(): void {
+    if (this.#waiters.length) {
+      this.#waiters = this.#waiters.filter((waits) => waits());
+    }
+  }
+
+  #gather(options: GatherOptions): Promise<Gathered> {
+    const {
+      prompt = [],
+      maxDigits,
+      terminators = "#",
+      timeout = 5000,
+      bargeIn = true,
+      signal,
+    } = options;
+    const { interDigitTimeout = timeout } = options;
+    if (
+      maxDigits !== undefined && !(Number.isInteger(maxDigits) && maxDigits > 0)
+    ) {
+      refuse("maxDigits", maxDigits, "it has to be a whole number above zero");
+    }
+    for (const key of terminators) {
+      if (!DIGITS.includes(key)) refuse("terminators", key, "no such key");
+    }
+    for (
+      const [field, value] of Object.entries({ timeout, interDigitTimeout })
+    ) {
+      if (!(value >= 0 && value <= 0x7fffffff || value === Infinity)) {
+        refuse(
+          field,
+          value,
+          "it has to be milliseconds",
+        );
+      }
+    }
+    if (this.#gathering) refuse("gather", "", "another one is under way");
+    const files = [prompt].flat();
+    for (const file of files) {
+      formatCommand({ type: "queue", file }, this.#encoding);
+    }
+
+    return new Promise((resolve) => {
+      let digits = "";
+      let playing = false;
+      let timer: ReturnType<typeof setTimeout> | undefined;
+
+      const end = (reason: Gathered["reason"], terminator?: Digit) => {
+        clearTimeout(timer);
+        signal?.removeEventListener("abort", abort);
+        this.#gathering = undefined;
+        if (playing && !this.signal.aborted) this.interrupt();
+        resolve(
+          terminator ? { digits, reason, terminator } : { digits, reason },
+        );
+        this.#deliver(); // the keys that are left
+      };
+      const abort = () => end("aborted");
+      const wait = (ms: number) => {
+        clearTimeout(timer);
+        timer = ms === Infinity ? undefined : later(() => end("timeout"), ms);
+      };
+      const collect = () => {
+        while (bargeIn || !playing || this.signal.aborted) {
+          const key = this.#keys.take()?.key.digit;
+          if (!key) return this.signal.aborted ? end("hangup") : undefined;
+          if (playing && !this.signal.aborted) this.interrupt();
+          playing = false;
+          if (terminators.includes(key)) return end("terminator", key);
+          digits += key;
+          if (digits.length === maxDigits) return end("maxDigits");
+          wait(interDigitTimeout);
+        }
+      };
+      const listen = () => {
+        if (!playing || this.#gathering !== collect) return;
+        playing = false;
+        wait(timeout);
+        collect();
+      };
+
+      if (options.flush) { while (this.#keys.take()); }
+      this.#gathering = collect;
+      if (signal?.aborted) return abort();
+      signal?.addEventListener("abort", abort);
+      playing = files.length > 0 && !this.signal.aborted &&
+        !(bargeIn && this.#keys.first);
+      if (playing) {
+        Promise.all(files.map((file) => this.queue(file))).then(listen);
+      } else wait(timeout);
+      collect();
+    });
+  }
+
+  #prompt(command: IvrCommand & { type: "play" | "queue" }): Promise<Outcome> {
+    return quiet(() => new Promise((settle) => this.#send(command, settle).catch(ignore)));
+  }
+
+  #send(
+    command: IvrCommand,
+    settle: (outcome: Outcome) => void = ignore,
+  ): Promise<unknown> {
+    const line = formatCommand(command, this.#encoding);
+    const { type } = command;
+    if (type === "get") {
+      return this.#ask(line, { name: command.names[0]!, bare: true });
+    }
+    if (type === "params") return this.#ask(line, { name: "", bare: true });
+    if (type === "hangup" || type === "exit") {
+      if (!this.#leaving && !this.#ending) {
+        this.#leaving = type;
+        this.#write(line);
+        this.#wake();
+      }
+      return this.closed;
+    }
+    const number = ++this.#count;
+    let prompt: Prompt | undefined;
+    if (type === "play" || type === "queue") {
+      prompt = { file: command.file, number, settle };
+      if (this.#ending) settle("ended");
+      else this.#prompts.push(prompt);
+    }
+    const name = `EIVR_ACK_${number}`;
+    return this.#ask(`${line}G,${name}\n`, {
+      name,
+      prompt,
+      clears: type === "play" || type === "interrupt" ? number : 0,
+    });
+  }
+
+  #ask<Answer>(
+    lines: string,
+    asked: Omit<Asked, "resolve" | "reject">,
+  ): Promise<Answer> {
+    return new Promise<Answer>((resolve, reject) => {
+      if (this.#ending) {
+        return reject(new IvrError("ended", "The call has ended"));
+      }
+      this.#asked.push({
+        ...asked,
+        resolve: resolve as Asked["resolve"],
+        reject,
+      });
+      this.#write(lines);
+      this.#wake();
+    });
+  }
+
+  /** Writes what is sent in one turn in one go. */
+  #write(text: string): void {
+    this.#out += text;
+    if (this.#out !== text) return;
+    Promise.resolve().then(() => {
+      const bytes = encode(this.#out, this.#encoding);
+      this.#out = "";
+      return this.#writer.write(bytes);
+    }).catch((error) => {
+      if (this.#broken || this.#ending) return;
+      // Asterisk is gone, but its last words may still be on their way
+      this.#broken = error ?? new Error("The stream of commands failed");
+      clearTimeout(this.#timer);
+      this.#timer = later(() => this.#finish(), GRACE);
+    });
+  }
+
+  /** Wakes Asterisk while something is awaited: a millisecond after anything moved, then ever more slowly. */
+  #wake(delay = 1): void {
+    if (this.#broken) return;
+    clearTimeout(this.#timer);
+    if (!this.#asked.length && !this.#leaving) return;
+    this.#timer = later(() => {
+      this.#write("\n");
+      this.#wake(Math.min(delay * 2, 1000));
+    }, delay);
+  }
+
+  #hungUp(): void {
+    this.#hangup.abort(new IvrError("aborted", "The caller is gone"));
+    this.#gathering?.();
+  }
+
+  #finish(error: unknown = this.#broken): void {
+    if (this.#ending) return;
+    // A reset after our own H or E is Asterisk closing with our wake-ups unread
+    const left = error !== undefined && !(error instanceof IvrError) ? this.#leaving : undefined;
+    const by = this.#said ?? left ??
+      (error === undefined ? "disconnect" : "error");
+    this.#ending = by === "error" ? { by, error } : { by };
+    clearTimeout(this.#timer);
+    const ended = new IvrError("ended", "The call has ended", { cause: error });
+    for (const prompt of this.#prompts.splice(0)) prompt.settle("ended");
+    for (const asked of this.#asked.splice(0)) asked.reject(ended);
+    this.#hungUp();
+    this.#end(this.#ending);
+    this.#deliver();
+    this.#drained?.();
+    this.#released = this.#release();
+  }
+
+  /** Closes both streams: what was sent goes out first, unless the session failed or the peer does not take it. */
+  async #release(): Promise<void> {
+    let grace: ReturnType<typeof setTimeout> | undefined;
+    if (this.#ending!.by === "error") {
+      this.#writer.abort(this.#ending!.error).catch(ignore);
+    } else {
+      const waited = new Promise<void>((resolve) => grace = later(resolve, GRACE));
+      await undefined;
+      await Promise.race([waited, this.#writer.close().catch(ignore)]);
+    }
+    clearTimeout(grace);
+    await this.#reader.cancel().catch(ignore);
+  }
+}
