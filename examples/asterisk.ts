@@ -1,0 +1,1309 @@
+// Copyright 2026 the ExternalIVR authors. MIT license.
+
+/**
+ * Asterisk's side of the wire, to try and to test an IVR without a telephone.
+ *
+ * {@linkcode dial} places a call to a handler, in a time of its own: prompts last as long as their files, timeouts
+ * run, and a call of five minutes is over in milliseconds. {@linkcode Asterisk} is the host itself, over any pair of
+ * streams.
+ *
+ * What is virtual in a call that `dial` placed: everything that the handler does with `setTimeout` and
+ * `setInterval`, and what it awaits of its session or streams. What is not: files, sockets, `fetch`, `Date`,
+ * `AbortSignal.timeout`. The clock does not wait for those, unless they go through {@linkcode VirtualClock.hold}.
+ *
+ * @example A conversation
+ * ```ts
+ * import assert from "node:assert/strict";
+ * import type { Session } from "@externalivr/protocol";
+ * import { dial } from "@externalivr/protocol/asterisk";
+ *
+ * async function ivr(session: Session) {
+ *   const { digits } = await session.gather({ prompt: "enter-account", maxDigits: 8 });
+ *   await session.set({ ACCOUNT: digits });
+ *   await session.play("thank-you");
+ *   await session.exit();
+ * }
+ *
+ * const call = dial(ivr, { sounds: { "enter-account": 4, "thank-you": 1.5 } });
+ * await call.hears("enter-account");
+ * await call.press("1234#");
+ * await call.hears("thank-you");
+ * await call.hangUp();
+ * await call.over();
+ * assert.deepEqual(call.variables.ACCOUNT, "1234");
+ * ```
+ *
+ * @module
+ */
+
+import { AsyncLocalStorage, AsyncResource } from "node:async_hooks";
+import { setImmediate } from "node:timers";
+import {
+  type Digit,
+  type Encoding,
+  formatEvent,
+  type IvrEvent,
+  lines,
+  parseCommand,
+  parseEvent,
+  Session,
+  type Sink,
+  type Source,
+} from "../mod.ts";
+
+// ---------------------------------------------------------------------------------------------------------
+// Clocks
+// ---------------------------------------------------------------------------------------------------------
+
+/** Where a call's time comes from. Milliseconds throughout. */
+export interface Clock {
+  /** The time, from any fixed point. */
+  now(): number;
+  /** Runs something later. */
+  setTimeout(run: () => void, ms: number): unknown;
+  /** Does not run it after all. */
+  clearTimeout(timer: unknown): void;
+}
+
+/** The time of the wall, for calls over real streams. */
+export const realClock: Clock = {
+  now: () => performance.now(),
+  setTimeout: (run, ms) => setTimeout(run, ms),
+  clearTimeout: (timer) => clearTimeout(timer as number),
+};
+
+interface Timer {
+  at: number;
+  run: () => void;
+}
+
+/** A time that passes only when {@linkcode VirtualClock.step} is called, from timer to timer. */
+export class VirtualClock implements Clock {
+  #now = 0;
+  #timers: Timer[] = [];
+  #held = 0;
+
+  /** Milliseconds since the clock was made. */
+  now(): number {
+    return this.#now;
+  }
+
+  /** How many timers are set. */
+  get pending(): number {
+    return this.#timers.length;
+  }
+
+  /** Runs something when the time has come; timers of the same time in the order they were set. */
+  setTimeout(run: () => void, ms: number): unknown {
+    const timer = { at: this.#now + Math.max(0, ms || 0), run };
+    let at = this.#timers.length;
+    while (at > 0 && this.#timers[at - 1]!.at > timer.at) at--;
+    this.#timers.splice(at, 0, timer);
+    return timer;
+  }
+
+  /** Forgets a timer. */
+  clearTimeout(timer: unknown): void {
+    const at = this.#timers.indexOf(timer as Timer);
+    if (at >= 0) this.#timers.splice(at, 1);
+  }
+
+  /** When the next timer is due, if there is one. */
+  get next(): number | undefined {
+    return this.#timers[0]?.at;
+  }
+
+  /** Goes to the next timer and runs it. False when there is none. */
+  step(): boolean {
+    const timer = this.#timers.shift();
+    if (!timer) return false;
+    this.#now = timer.at;
+    timer.run();
+    return true;
+  }
+
+  /** Lets everything happen that takes no time, and what is held. */
+  async settle(): Promise<void> {
+    do await new Promise<void>((resolve) => void setImmediate(resolve)); while (
+      this.#held > 0
+    );
+  }
+
+  /**
+   * Stops the clock until something outside the call is done: a file, a request.
+   *
+   * @example
+   * ```ts
+   * import { VirtualClock } from "@externalivr/protocol/asterisk";
+   *
+   * const clock = new VirtualClock();
+   * await clock.hold(Promise.resolve("the account"));
+   * ```
+   */
+  async hold<T>(outside: Promise<T>): Promise<T> {
+    this.#held++;
+    try {
+      return await outside;
+    } finally {
+      this.#held--;
+    }
+  }
+
+  /**
+   * Runs code for which `setTimeout` and `setInterval` are this clock's, in all that it calls and awaits until it is
+   * done. For everybody else they stay what they were.
+   */
+  async run<T>(code: () => T | Promise<T>): Promise<T> {
+    borrowTimers();
+    try {
+      return await current.run(this, code);
+    } finally {
+      returnTimers();
+    }
+  }
+}
+
+const current = new AsyncLocalStorage<VirtualClock>();
+
+/** A timer of a virtual clock, as the runtimes' own look. */
+class VirtualTimer {
+  clock: VirtualClock;
+  timer: unknown;
+
+  constructor(
+    clock: VirtualClock,
+    run: () => void,
+    ms: number,
+    repeat: boolean,
+  ) {
+    this.clock = clock;
+    const bound = AsyncResource.bind(run);
+    const tick = () => {
+      if (repeat) this.timer = clock.setTimeout(tick, Math.max(1, ms));
+      bound();
+    };
+    this.timer = clock.setTimeout(tick, ms);
+  }
+
+  ref(): this {
+    return this;
+  }
+
+  unref(): this {
+    return this;
+  }
+}
+
+/** How many calls need the global timers, and what puts them back. */
+let borrowers = 0;
+let giveBack = (): void => {};
+
+/** Puts the global timers behind a look at whose code calls them. */
+function borrowTimers(): void {
+  if (borrowers++) return;
+  const { setTimeout, setInterval, clearTimeout, clearInterval } = globalThis;
+  const own = { setTimeout, setInterval, clearTimeout, clearInterval };
+  giveBack = () => void Object.assign(globalThis, own);
+  const start = (name: "setTimeout" | "setInterval") => (run: () => void, ms = 0, ...args: unknown[]) => {
+    const clock = current.getStore();
+    if (!clock) {
+      return (own[name] as (...args: unknown[]) => unknown)(run, ms, ...args);
+    }
+    return new VirtualTimer(
+      clock,
+      () => (run as (...args: unknown[]) => void)(...args),
+      ms,
+      name === "setInterval",
+    );
+  };
+  const stop = (name: "clearTimeout" | "clearInterval") => (timer: unknown) => {
+    if (timer instanceof VirtualTimer) timer.clock.clearTimeout(timer.timer);
+    else (own[name] as (timer: unknown) => void)(timer);
+  };
+  Object.assign(globalThis, {
+    setTimeout: start("setTimeout"),
+    setInterval: start("setInterval"),
+    clearTimeout: stop("clearTimeout"),
+    clearInterval: stop("clearInterval"),
+  });
+}
+
+function returnTimers(): void {
+  if (!--borrowers) giveBack();
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// The host
+// ---------------------------------------------------------------------------------------------------------
+
+/** A pair of streams, as an IVR gets it. */
+export interface Streams {
+  /** The events. */
+  readable: ReadableStream<Uint8Array>;
+  /** The commands. */
+  writable: WritableStream<Uint8Array>;
+}
+
+/** The dialplan's call of `ExternalIVR`. */
+export interface Dialplan {
+  /** The program's path or `ivr://host[:port]`. */
+  application: string;
+  /** Its arguments. */
+  args: string[];
+  /** The letters behind the comma: `n`, `i`, `d`. */
+  options: string;
+}
+
+/** Something that happened in a call, for transcripts and screens. */
+export interface Note {
+  /** Seconds since the call began. */
+  at: number;
+  /**
+   * `event` and `command` are lines of the wire, `log` is Asterisk's log; the others tell of the call: what plays now,
+   * what the caller does, what is pressed toward the caller.
+   */
+  kind:
+    | "event"
+    | "command"
+    | "log"
+    | "plays"
+    | "answers"
+    | "caller"
+    | "sends"
+    | "ends";
+  /** What it was. */
+  text: string;
+}
+
+/** What the host is like. */
+export interface HostOptions extends Partial<Dialplan> {
+  /** The playable files and their lengths in seconds. Without it every name plays a second. */
+  sounds?: Record<string, number> | ((file: string) => number | undefined);
+  /** Files that exist and cannot be opened: they are skipped without an event. */
+  unreadable?: string[];
+  /** The channel's variables. */
+  variables?: Record<string, string>;
+  /** The global variables. */
+  globals?: Record<string, string>;
+  /** Whether the channel can be answered, for the option `n`. The default is `true`. */
+  answerable?: boolean;
+  /**
+   * Asterisk's version: before 15 a burst does not stall, before 11 there is no `I`, before 1.8 no `D` and no data on `T`
+   * and `Z`. The default is 22.
+   */
+  version?: number;
+  /** The Unix time, in seconds, when the call begins. The default is now. */
+  epoch?: number;
+  /** How texts become bytes: `"latin1"` for any bytes as the characters U+0000 to U+00FF. The default is `"utf-8"`. */
+  encoding?: Encoding;
+  /** The default is {@linkcode realClock}. */
+  clock?: Clock;
+  /** Called with everything that happens. */
+  onNote?: (note: Note) => void;
+}
+
+/** How a call left `ExternalIVR`: `continued` in the dialplan, or `hungup`. */
+export type Left = "continued" | "hungup";
+
+/** What is playing. */
+export interface Playing {
+  /** The file. */
+  file: string;
+  /** When it began, by the call's clock, in milliseconds. */
+  since: number;
+  /** How long it is, in milliseconds. */
+  length: number;
+}
+
+/** From the press of a key to its event, and to the next key: seconds. */
+const KEY = 0.2;
+const NEXT_KEY = 0.25;
+/** Asterisk looks at the playlist with every frame of audio: milliseconds. */
+const FRAME = 20;
+/** How long Asterisk takes to look at what arrived, in milliseconds: what comes within it arrives together. */
+const REACTION = 0.2;
+/**
+ * One call in Asterisk's `ExternalIVR`, as strict as the real one: short commands are ignored, long ones cut, a burst
+ * stalls, a `D` or half a line blocks everything else.
+ *
+ * @example Over a pair of streams
+ * ```ts
+ * import assert from "node:assert/strict";
+ * import { Session } from "@externalivr/protocol";
+ * import { Asterisk } from "@externalivr/protocol/asterisk";
+ *
+ * const events = new TransformStream<Uint8Array, Uint8Array>();
+ * const commands = new TransformStream<Uint8Array, Uint8Array>();
+ * const host = new Asterisk({ readable: commands.readable, writable: events.writable });
+ * const ivr = new Session({ readable: events.readable, writable: commands.writable });
+ * await ivr.exit();
+ * assert.deepEqual(await host.left, "continued");
+ * ```
+ */
+export class Asterisk {
+  /** The channel's variables, and functions like `CALLERID(name)`, as they are now. */
+  readonly variables: Record<string, string>;
+  /** The global variables. */
+  readonly globals: Record<string, string>;
+  /** Asterisk's log. */
+  readonly log: string[] = [];
+  /** Settles when the call has left `ExternalIVR`. */
+  readonly left: Promise<Left>;
+
+  #options: HostOptions;
+  #clock: Clock;
+  #began: number;
+  #epoch: number;
+  #version: number;
+  #reader: ReturnType<Source["getReader"]>;
+  #writer: ReturnType<Sink["getWriter"]>;
+  #leave!: (left: Left) => void;
+
+  // The channel
+  #up: boolean;
+  #gone: boolean;
+  #over = false;
+  #autoclear = false;
+  #playlist: string[] = [];
+  #playing?: Playing;
+  #aborted = false;
+  #frame: unknown;
+
+  // The stream of commands: what is in the socket, what Asterisk has read of it, the line it is at
+  #socket = "";
+  #buffer = "";
+  #line = "";
+  #end = false;
+  #reacting: unknown;
+  /** A `D` that goes on: its timer, and the events that wait for its end. */
+  #busy?: { timer: unknown; held: (() => void)[] };
+  /** What the caller does while Asterisk waits for the rest of a line. */
+  #waiting: (() => void)[] = [];
+  #planned: unknown[] = [];
+
+  /** Begins a call over the IVR's streams: `readable` brings its commands, `writable` takes the events. */
+  constructor(
+    streams: { readable: Source; writable: Sink; stderr?: Source },
+    options: HostOptions = {},
+  ) {
+    this.#options = options;
+    this.#clock = options.clock ?? realClock;
+    this.#version = options.version ?? 22;
+    this.#began = this.#clock.now();
+    this.#epoch = options.epoch ?? Date.now() / 1000;
+    this.variables = { ...options.variables };
+    this.globals = { ...options.globals };
+    this.left = new Promise((resolve) => this.#leave = resolve);
+    this.#up = !this.#has("n");
+    this.#gone = this.#has("d");
+    this.#reader = streams.readable.getReader();
+    this.#writer = streams.writable.getWriter();
+    if (this.#up) this.#note("answers", "");
+    this.#read();
+    if (streams.stderr) this.#readErrors(streams.stderr);
+  }
+
+  /** Seconds since the call began. */
+  get at(): number {
+    return (this.#clock.now() - this.#began) / 1000;
+  }
+
+  /** Whether the channel is answered. */
+  get up(): boolean {
+    return this.#up;
+  }
+
+  /** Whether the call has left `ExternalIVR`. */
+  get over(): boolean {
+    return this.#over;
+  }
+
+  /** What plays now; `undefined` is silence. */
+  get playing(): Playing | undefined {
+    return this.#playing;
+  }
+
+  /** What waits in the playlist, in order. */
+  get waiting(): string[] {
+    return this.#playing && !this.#aborted ? this.#playlist.slice(1) : [...this.#playlist];
+  }
+
+  /** The caller releases a key. A key pressed while a `D` goes on is lost, as Asterisk loses it. */
+  press(key: Digit): void {
+    if (this.#line) return void this.#waiting.push(() => this.press(key));
+    if (this.#over || this.#gone || !this.#up) return;
+    this.#note("caller", `presses ${key}`);
+    if (this.#busy) return;
+    this.#emit({ type: "dtmf", digit: key });
+    if (this.#autoclear) this.#clear();
+  }
+
+  /** The caller hangs up. */
+  hangUp(): void {
+    if (this.#line) return void this.#waiting.push(() => this.hangUp());
+    if (this.#over || this.#gone) return;
+    this.#note("caller", "hangs up");
+    this.#gone = true;
+    this.#clock.clearTimeout(this.#frame);
+    this.#playing = undefined;
+    if (this.#busy) this.#unblock();
+    if (!this.#has("i")) {
+      this.#emit({ type: "hangup" });
+      return this.#finish("hungup");
+    }
+    this.#emit({ type: "inform", message: "HANGUP" });
+    this.#service();
+  }
+
+  /**
+   * Has the caller do things by themselves: `[at, "press", keys]` and `[at, "hangup"]`, in seconds since the call began.
+   * A key is held for 100 ms, and Asterisk tells of it 100 ms after that; the next follows 150 ms after the release.
+   * Returns when the last of them is done.
+   */
+  plan(caller: Recording["caller"]): number {
+    let last = 0;
+    const act = (at: number, run: () => void) => {
+      last = Math.max(last, at);
+      if (at <= this.at) run();
+      else {this.#planned.push(
+          this.#clock.setTimeout(run, (at - this.at) * 1000),
+        );}
+    };
+    for (const [at, does, keys = ""] of caller) {
+      if (does === "hangup") act(at, () => this.hangUp());
+      for (const [i, key] of [...keys].entries()) {
+        act(at + KEY + i * NEXT_KEY, () => this.press(key as Digit));
+      }
+    }
+    return last;
+  }
+
+  #has(option: string): boolean {
+    return (this.#options.options ?? "").includes(option);
+  }
+
+  #note(kind: Note["kind"], text: string): void {
+    this.#options.onNote?.({ at: this.at, kind, text });
+  }
+
+  #logs(text: string): void {
+    this.log.push(text);
+    this.#note("log", text);
+  }
+
+  /** Writes an event, once Asterisk is not busy. */
+  #emit(event: Untimed): void {
+    if (this.#busy) return void this.#busy.held.push(() => this.#emit(event));
+    const timestamp = Math.floor(this.#epoch + this.at) | 0;
+    if (event.type !== "variables") {
+      return this.#send(
+        this.#bytes(formatEvent({ ...event, timestamp } as IvrEvent)),
+      );
+    }
+    // Asterisk cuts a reply anywhere and lets a newline in a value pass: no codec would
+    const line = formatEvent({ type: "variables", timestamp, data: "=" });
+    this.#send(line.replace("=\n", () => event.data + "\n"));
+  }
+
+  #send(line: string): void {
+    this.#note("event", this.#text(line.slice(0, -1)));
+    this.#writer.write(toBytes(line)).catch(() => {});
+  }
+
+  /** A text as its bytes, each a character; and back. */
+  #bytes(text: string): string {
+    return this.#options.encoding === "latin1" ? text : fromBytes(new TextEncoder().encode(text));
+  }
+
+  #text(bytes: string): string {
+    return this.#options.encoding === "latin1" ? bytes : new TextDecoder().decode(toBytes(bytes));
+  }
+
+  #finish(left: Left): void {
+    if (this.#over) return;
+    this.#over = true;
+    this.#clock.clearTimeout(this.#frame);
+    this.#clock.clearTimeout(this.#reacting);
+    this.#clock.clearTimeout(this.#busy?.timer);
+    for (const timer of this.#planned) this.#clock.clearTimeout(timer);
+    this.#playing = undefined;
+    this.#note("ends", left);
+    this.#writer.close().catch(() => {}).then(() => this.#reader.cancel())
+      .catch(() => {});
+    this.#leave(left);
+  }
+
+  // The playlist -------------------------------------------------------------------------------------------
+
+  #lengthOf(file: string): number | undefined {
+    const { sounds, unreadable } = this.#options;
+    if (unreadable?.includes(file)) return 0;
+    if (typeof sounds === "function") return sounds(file);
+    return sounds ? Object.hasOwn(sounds, file) ? sounds[file] : undefined : 1;
+  }
+
+  /** What `I`, `S` and, with autoclear, a key do. Until the next frame Asterisk does not know that it stopped. */
+  #clear(): void {
+    const named = this.#version >= 1.8;
+    const playing = this.#playing && !this.#aborted ? this.#playlist.shift() : undefined;
+    if (playing !== undefined) {
+      this.#emit({ type: "interrupted", ...named && { file: playing } });
+    }
+    for (const file of this.#playlist.splice(0)) {
+      this.#emit({ type: "dropped", file });
+    }
+    if (this.#playing) this.#aborted = true;
+    this.#look();
+  }
+
+  /** Looks at the playlist with the next frame, unless something plays on. */
+  #look(): void {
+    if (this.#playing && !this.#aborted) return;
+    this.#clock.clearTimeout(this.#frame);
+    this.#frame = this.#clock.setTimeout(() => this.#next(), FRAME);
+  }
+
+  #next(): void {
+    this.#aborted = false;
+    this.#playing = undefined;
+    for (
+      let file;
+      (file = this.#playlist[0]) !== undefined;
+      this.#playlist.shift()
+    ) {
+      if (this.#options.unreadable?.includes(file)) {
+        this.#logs(`File '${file}' could not be opened`);
+        continue;
+      }
+      const length = this.#lengthOf(file)! * 1000;
+      this.#playing = { file, since: this.#clock.now(), length };
+      this.#note("plays", file);
+      this.#frame = this.#clock.setTimeout(() => this.#finished(file), length);
+      return;
+    }
+  }
+
+  #finished(file: string): void {
+    this.#playlist.shift();
+    this.#next();
+    this.#emit({ type: "finished", file });
+  }
+
+  // The commands -------------------------------------------------------------------------------------------
+
+  async #read(): Promise<void> {
+    try {
+      for (;;) {
+        const { done, value } = await this.#reader.read();
+        if (done) break;
+        this.#socket += fromBytes(value!);
+        this.#react();
+      }
+    } catch { /* a reset is an end */ }
+    this.#end = true;
+    this.#react();
+  }
+
+  async #readErrors(stderr: Source): Promise<void> {
+    try {
+      for await (const line of lines(stderr)) {
+        this.#logs(`stderr: ${line.trim()}`);
+      }
+    } catch { /* the program is gone */ }
+  }
+
+  #react(): void {
+    if (this.#over) return;
+    this.#reacting ??= this.#clock.setTimeout(() => {
+      this.#reacting = undefined;
+      this.#service();
+    }, REACTION);
+  }
+
+  /**
+   * Carries out a line for each look at a socket that has something: so what Asterisk 15 and later have read already
+   * waits for more.
+   */
+  #service(): void {
+    const stalls = this.#version >= 15;
+    while (!this.#over && !this.#busy) {
+      if (
+        !this.#socket && !this.#end && (stalls || !this.#buffer.includes("\n"))
+      ) return;
+      const line = this.#gets();
+      if (line === undefined) {
+        if (!this.#end) return; // blocked until the rest of the line comes
+        this.#logs("Child process went away");
+        return this.#finish("hungup");
+      }
+      this.#carryOut(line);
+      for (const act of this.#waiting.splice(0)) act();
+    }
+  }
+
+  /** The next line, at most 1023 bytes of it; what is left is the next line. */
+  #gets(): string | undefined {
+    for (;;) {
+      const room = 1023 - this.#line.length;
+      const newline = this.#buffer.indexOf("\n") + 1;
+      if (newline || this.#buffer.length >= room) {
+        const size = Math.min(newline || room, room);
+        const line = this.#line + this.#buffer.slice(0, size);
+        this.#line = "";
+        this.#buffer = this.#buffer.slice(size);
+        return line;
+      }
+      this.#line += this.#buffer;
+      this.#buffer = this.#socket.slice(0, 2048);
+      this.#socket = this.#socket.slice(2048);
+      if (!this.#buffer) {
+        const rest = this.#line;
+        if (this.#end) this.#line = "";
+        return this.#end && rest ? rest : undefined;
+      }
+    }
+  }
+
+  #carryOut(bytes: string): void {
+    const line = this.#text(bytes);
+    const command = parseCommand(line);
+    const text = line.replace(/\0.*$/s, "").replace(/\n$/, "").trimEnd();
+    if (!text) return;
+    this.#note("command", text);
+    if (this.#version < 1.8 && text.length < 4) return;
+    switch (command.type) {
+      case "play":
+        return this.#checked(`Queue re'S'et`, command.file, () => {
+          this.#clear();
+          this.#playlist.push(command.file);
+        });
+      case "queue":
+        return this.#checked(`Queue 'A'ppend`, command.file, () => {
+          this.#playlist.push(command.file);
+          this.#look();
+        });
+      case "interrupt":
+        if (this.#version < 11) return;
+        return this.#checked(
+          `Queue 'I'nterrupt`,
+          undefined,
+          () => this.#clear(),
+        );
+      case "autoclear":
+        return this.#checked(
+          "Option",
+          undefined,
+          () => this.#autoclear = command.on,
+        );
+      case "answer":
+        if (this.#up) return;
+        if (this.#has("d") || this.#options.answerable === false) {
+          this.#logs("Failed to answer channel");
+          return this.#emit({ type: "failed", reason: "ANSWER_FAILURE" });
+        }
+        this.#up = true;
+        return this.#note("answers", "");
+      case "dtmf":
+        return this.#press(
+          command.digits,
+          command.interval || 250,
+          command.duration ?? 0,
+        );
+      case "set":
+        for (const [name, value] of Object.entries(command.variables)) {
+          const key = name.endsWith(")") ? name : name.replace(/^__?/, "");
+          Object.defineProperty(this.variables, key, {
+            value,
+            writable: true,
+            enumerable: true,
+            configurable: true,
+          });
+        }
+        return;
+      case "get":
+        return this.#emit({
+          type: "variables",
+          data: this.#get(command.names),
+        });
+      case "params": {
+        const { application = "ivr://localhost", args = [] } = this.#options;
+        return this.#emit({
+          type: "params",
+          params: [application, ...args].join().split(","),
+        });
+      }
+      case "log":
+        return this.#logs(`Log message from EIVR: ${command.message}`);
+      case "hangup":
+        this.#logs(`Hanging up: ${command.message}`);
+        this.#emit({ type: "hangup" });
+        return this.#finish("hungup");
+      case "exit":
+        this.#logs(`Exiting: ${command.message}`);
+        if (text[0] === "X") {
+          this.#logs("e'X'it command is deprecated, use 'E'xit instead");
+        } else this.#emit({ type: "exit" });
+        return this.#finish("continued");
+      case "unknown":
+        if (/^D../s.test(text)) {
+          const [keys = "", interval, duration] = text.slice(2).split(",");
+          this.#press(
+            keys,
+            Number.parseInt(interval!) || 250,
+            Number.parseInt(duration!) || 0,
+          );
+        } else if (/^O../s.test(text)) {
+          this.#checked(
+            "Option",
+            undefined,
+            () => this.#logs(`Unknown option requested: ${text.slice(2)}`),
+          );
+        }
+    }
+  }
+
+  /** Carries out what needs an answered channel, and a file that exists. */
+  #checked(what: string, file: string | undefined, act: () => void): void {
+    if (!this.#up || this.#gone) {
+      this.#logs(`${what} called on unanswered channel`);
+      return this.#emit({ type: "failed" });
+    }
+    if (file !== undefined && this.#lengthOf(file) === undefined) {
+      this.#logs(`Unknown file requested '${file}'`);
+      return this.#emit({
+        type: "failed",
+        ...this.#version >= 1.8 && { reason: file },
+      });
+    }
+    act();
+  }
+
+  /** Presses keys toward the caller, and does nothing else meanwhile. */
+  #press(keys: string, interval: number, duration: number): void {
+    if (this.#version < 1.8) return;
+    this.#logs(`Sending DTMF: ${keys} ${interval} ${duration}`);
+    if (this.#gone) return;
+    this.#note("sends", keys);
+    const pauses = [...keys].map((key) => key === "w" ? 500 : key === "W" ? 1000 : Math.max(duration, 100) + interval);
+    const timer = this.#clock.setTimeout(
+      () => this.#unblock(),
+      pauses.reduce((sum, ms) => sum + ms, 100),
+    );
+    this.#busy = { timer, held: [] };
+  }
+
+  #unblock(): void {
+    const { timer, held } = this.#busy!;
+    this.#clock.clearTimeout(timer);
+    this.#busy = undefined;
+    for (const emit of held) emit();
+    this.#react();
+  }
+
+  /** Channel variables before globals, no functions, cut as Asterisk's buffer cuts. */
+  #get(names: string[]): string {
+    const value = (name: string) => {
+      if (name.endsWith(")")) return "";
+      const place = [this.variables, this.globals].find((place) => Object.hasOwn(place, name));
+      return place?.[name] ?? "";
+    };
+    const data = names.map((name) => `${name}=${value(name)},`).join("");
+    return this.#bytes(data).slice(0, 2047).replace(/,$/, "");
+  }
+}
+
+type Untimed = IvrEvent extends infer E ? E extends { timestamp: number } ? Omit<E, "timestamp"> : never
+  : never;
+
+function toBytes(text: string): Uint8Array {
+  return Uint8Array.from(text, (char) => char.charCodeAt(0));
+}
+
+function fromBytes(bytes: Uint8Array): string {
+  return Array.from(bytes, (byte) => String.fromCharCode(byte)).join("");
+}
+
+/**
+ * Reads the text of the dialplan's `ExternalIVR(…)`: `command[(arg1,arg2,…)][,options]`.
+ *
+ * @throws {SyntaxError} for text that Asterisk would not run.
+ *
+ * @example
+ * ```ts
+ * import assert from "node:assert/strict";
+ * import { parseDialplan } from "@externalivr/protocol/asterisk";
+ *
+ * assert.deepEqual(parseDialplan("ivr://localhost(sales,2),in"), {
+ *   application: "ivr://localhost",
+ *   args: ["sales", "2"],
+ *   options: "in",
+ * });
+ * ```
+ */
+export function parseDialplan(text: string): Dialplan {
+  const [command = "", options = ""] = split(text);
+  const open = command.indexOf("(");
+  const close = command.lastIndexOf(")");
+  if (open >= 0 && close < open) {
+    throw new SyntaxError(
+      `Cannot read "${text}": the closing parenthesis is missing`,
+    );
+  }
+  const application = open < 0 ? command : command.slice(0, open);
+  if (!application) {
+    throw new SyntaxError(
+      `Cannot read "${text}": no program and no ivr://host`,
+    );
+  }
+  const unknown = /[^nid]/.exec(options);
+  if (unknown) {
+    throw new SyntaxError(
+      `Cannot read "${text}": the options are n, i and d, not "${unknown[0]}"`,
+    );
+  }
+  return {
+    application,
+    args: open < 0 || close === open + 1 ? [] : split(command.slice(open + 1, close)),
+    options,
+  };
+}
+
+/** Splits at commas outside of parentheses and quotes, as the dialplan does: a backslash takes the next as it is. */
+function split(text: string): string[] {
+  const parts = [""];
+  let depth = 0;
+  let quoted = false;
+  for (let i = 0; i < text.length; i++) {
+    let char = text[i]!;
+    if (char === '"') quoted = !quoted;
+    else {
+      if (char === "\\") char = text[++i] ?? "";
+      else if (char === "(") depth++;
+      else if (char === ")") depth--;
+      if (char === "," && depth <= 0 && !quoted) parts.push("");
+      else parts[parts.length - 1] += char;
+    }
+  }
+  return parts;
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Calls in a time of their own
+// ---------------------------------------------------------------------------------------------------------
+
+/** What goes wrong on the way between Asterisk and the IVR. */
+export interface Faults {
+  /** Events come in chunks of so many bytes. */
+  chunk?: number | (() => number);
+  /** The connection is reset after so many bytes of events. */
+  resetAfter?: number;
+  /** The events end after so many bytes, without an `H`. */
+  endAfter?: number;
+  /** Asterisk takes so many seconds for each chunk of commands; `Infinity` reads nothing at all. */
+  readDelay?: number;
+}
+
+/** What a call is like. */
+export interface DialOptions extends Omit<HostOptions, "clock"> {
+  /** What goes wrong. */
+  faults?: Faults;
+  /** A clock to share with other calls. The default is one of its own. */
+  clock?: VirtualClock;
+}
+
+/** A call as it is recorded: times in seconds from the connection, bytes as the characters U+0000 to U+00FF. */
+export interface Recording extends Dialplan {
+  /** The playable files and their lengths in seconds. */
+  sounds: Record<string, number>;
+  /** The channel's variables before the call. */
+  variables: Record<string, string>;
+  /** The global variables before the call. */
+  globals: Record<string, string>;
+  /** `[at, "press", keys]`, each key held 100 ms, 150 ms between keys; `[at, "hangup"]`. */
+  caller: (readonly [at: number, does: string, keys?: string])[];
+  /** `[at, text]` sent in one write; `null` ends the commands. */
+  steps: (readonly [at: number, text: string | null])[];
+  /** `[at, line]` each line that came back. */
+  received: (readonly [at: number, line: string])[];
+  /** When and how the events ended. */
+  ended: readonly [at: number, how: string] | null;
+  /** What Asterisk logged, and `CONTINUED` or `HUNGUP`. */
+  log: string[];
+}
+
+/** A script that cannot go on: the message ends with the transcript of the call. */
+export class CallError extends Error {
+  /** Always `"CallError"`. */
+  override name = "CallError";
+}
+
+const MARKS: Record<Note["kind"], string> = {
+  event: "<--",
+  command: "-->",
+  log: "log",
+  plays: "plays",
+  answers: "answered",
+  caller: "caller",
+  sends: "sends",
+  ends: "ended",
+};
+
+/** A step that takes so many seconds of the call's time waits for what never comes: wake-ups go on for ever. */
+const PATIENCE = 3600;
+
+/**
+ * Places a call to a handler that takes a {@linkcode Session}.
+ *
+ * The call goes on while one of its methods is awaited, and no time passes otherwise.
+ */
+export function dial(
+  handler: (session: Session) => unknown,
+  options?: DialOptions,
+): Call {
+  return new Call(answered(handler), options);
+}
+
+/** The call is over when the handler is, as with a program. */
+function answered(
+  handler: (session: Session) => unknown,
+): (streams: Streams) => Promise<void> {
+  return async (streams) => {
+    const session = new Session(streams);
+    try {
+      await handler(session);
+    } finally {
+      await session.close();
+    }
+  };
+}
+
+/** Places a call to a handler that takes the streams themselves. */
+export function dialStreams(
+  handler: (streams: Streams) => unknown,
+  options?: DialOptions,
+): Call {
+  return new Call(handler, options);
+}
+
+/** The caller's side of a call that {@linkcode dial} placed. */
+export class Call {
+  /** The host. */
+  readonly host: Asterisk;
+  /** The call's clock. */
+  readonly clock: VirtualClock;
+  /** Everything that happened, in order. */
+  readonly notes: Note[] = [];
+
+  #options: DialOptions;
+  #steps: [number, string | null][] = [];
+  #caller: Recording["caller"][number][] = [];
+  #heard = 0;
+  #handler: "running" | "done" | "failed" = "running";
+  #failure: unknown;
+  #left?: Left;
+  #turn: Promise<unknown> = Promise.resolve();
+
+  /** Places the call: see {@linkcode dial}. */
+  constructor(
+    handler: (streams: Streams) => unknown,
+    options: DialOptions = {},
+  ) {
+    this.#options = options;
+    this.clock = options.clock ?? new VirtualClock();
+    const { ivr, host } = this.#connect(options.faults ?? {});
+    this.host = new Asterisk(host, {
+      ...options,
+      clock: this.clock,
+      onNote: (note) => {
+        this.notes.push(note);
+        options.onNote?.(note);
+      },
+    });
+    this.host.left.then((left) => this.#left = left);
+    this.clock.run(async () => {
+      try {
+        await handler(ivr);
+        this.#handler = "done";
+      } catch (error) {
+        this.#handler = "failed";
+        this.#failure = error;
+      }
+      await this.host.left;
+      await this.clock.settle(); // the streams close
+    });
+  }
+
+  /** The channel's variables as they are now. */
+  get variables(): Record<string, string> {
+    return this.host.variables;
+  }
+
+  /** Asterisk's log. */
+  get log(): string[] {
+    return this.host.log;
+  }
+
+  /** The files that began to play, in order. */
+  get heard(): string[] {
+    return this.notes.filter(({ kind }) => kind === "plays").map(({ text }) => text);
+  }
+
+  /** Waits until a file begins to play; ones before it are passed over. Each beginning counts once. */
+  async hears(file: string): Promise<void> {
+    await this.until(`"${file}" to play`, () => {
+      const at = this.heard.indexOf(file, this.#heard);
+      if (at >= 0) this.#heard = at + 1;
+      return at >= 0;
+    });
+  }
+
+  /** Presses keys, one after the other: 100 ms each, 150 ms between them. */
+  async press(keys: string): Promise<void> {
+    const last = this.plan([[this.host.at, "press", keys]]);
+    await this.until(`"${keys}" to be pressed`, () => this.host.at >= last);
+  }
+
+  /** Hangs up. */
+  async hangUp(): Promise<void> {
+    this.plan([[this.host.at, "hangup"]]);
+    await this.until("the caller to hang up", () => true, true);
+  }
+
+  /** Has the caller do things by themselves while the script goes on: see {@linkcode Asterisk.plan}. */
+  plan(caller: Recording["caller"]): number {
+    this.#caller.push(...caller);
+    return this.host.plan(caller);
+  }
+
+  /** Lets so many seconds pass. */
+  async wait(seconds: number): Promise<void> {
+    let done = false;
+    this.clock.setTimeout(() => done = true, seconds * 1000);
+    await this.until(`${seconds} s to pass`, () => done, true);
+  }
+
+  /**
+   * Waits for the end of the call and of its handler, and tells where the call went. Rejects with what the handler threw,
+   * if it did.
+   */
+  async over(): Promise<Left> {
+    const done = () =>
+      this.#handler === "failed" ||
+      this.#handler === "done" && this.#left !== undefined;
+    await this.until("the call and its handler to end", done, true);
+    if (this.#handler === "done") return this.#left!;
+    this.host.hangUp();
+    throw this.#failure;
+  }
+
+  /**
+   * Waits for anything: `test` is tried whenever something may have happened. Rejects with a {@linkcode CallError} as soon
+   * as nothing more can happen, when the call ends (unless `after` it is fine), and when an hour of its time has passed.
+   */
+  until(what: string, test: () => boolean, after = false): Promise<void> {
+    const turn = this.#turn.then(() => this.#until(what, test, after));
+    this.#turn = turn.catch(() => {});
+    return turn;
+  }
+
+  /** The call so far, a line for everything that happened: when, what, and the text. */
+  transcript(): string {
+    return this.notes.map(({ at, kind, text }) => {
+      const line = JSON.stringify(text).slice(1, -1);
+      return `${at.toFixed(3).padStart(9)}  ${MARKS[kind].padEnd(8)} ${line}`
+        .trimEnd();
+    }).join("\n");
+  }
+
+  /** The call so far, as recordings are written: texts as they are, the steps and `latin1` as bytes. */
+  recording(): Recording {
+    const {
+      application = "ivr://localhost",
+      args = [],
+      options = "",
+      variables = {},
+      globals = {},
+      sounds,
+    } = this.#options;
+    const names = this.notes.filter(({ kind }) => kind === "plays");
+    const lengths = typeof sounds === "object" ? sounds : Object.fromEntries(
+      names.map((
+        { text },
+      ) => [text, (typeof sounds === "function" ? sounds(text) : 1) ?? 0]),
+    );
+    const ended = this.notes.find(({ kind }) => kind === "ends");
+    const set = Object.entries(this.variables).filter(([name, value]) => variables[name] !== value);
+    return {
+      application,
+      args,
+      options,
+      sounds: lengths,
+      variables,
+      globals,
+      caller: this.#caller,
+      steps: this.#steps,
+      received: this.notes.filter(({ kind }) => kind === "event").map((
+        { at, text },
+      ) => [at, text]),
+      ended: ended ? [ended.at, "end"] : null,
+      log: [
+        ...this.log,
+        ...ended?.text === "continued" ? [`CONTINUED ${set.map((pair) => pair.join("=")).join(" ")}`] : [],
+        ...ended ? ["HUNGUP"] : [],
+      ],
+    };
+  }
+
+  /** Hangs up if the call still goes on, and waits for its end. */
+  async [Symbol.asyncDispose](): Promise<void> {
+    if (this.#left === undefined) await this.hangUp();
+    await this.over();
+  }
+
+  async #until(
+    what: string,
+    test: () => boolean,
+    after: boolean,
+  ): Promise<void> {
+    const began = this.clock.now();
+    for (;;) {
+      await this.clock.settle();
+      if (test()) return;
+      const why = this.#handler === "failed"
+        ? `the handler failed: ${this.#failure}`
+        : this.#left !== undefined && !after
+        ? "the call is over"
+        : (this.clock.next ?? Infinity) > began + PATIENCE * 1000
+        ? "nothing more can happen"
+        : undefined;
+      if (why) {
+        throw new CallError(
+          `Waited for ${what}, but ${why}\n${this.transcript()}`,
+          { cause: this.#failure },
+        );
+      }
+      this.clock.step();
+    }
+  }
+
+  /** Two pipes as long as a socket's buffers, with what goes wrong in them. */
+  #connect(
+    { chunk = Infinity, resetAfter, endAfter, readDelay }: Faults,
+  ): { ivr: Streams; host: Streams } {
+    const room = { highWaterMark: 1000 };
+    let fail = (_: Error): void => {};
+    let sent = 0;
+    const events = new TransformStream<Uint8Array, Uint8Array>(
+      {
+        transform: (bytes, controller) => {
+          while (bytes.length) {
+            const size = Math.max(
+              1,
+              typeof chunk === "function" ? chunk() : chunk,
+            );
+            const piece = bytes.slice(
+              0,
+              Math.min(
+                size,
+                (resetAfter ?? Infinity) - sent,
+                (endAfter ?? Infinity) - sent,
+              ),
+            );
+            bytes = bytes.slice(piece.length);
+            if (piece.length) controller.enqueue(piece);
+            sent += piece.length;
+            if (sent === endAfter) return controller.terminate();
+            if (sent === resetAfter) {
+              const reset = new Error("Connection reset by peer");
+              fail(reset);
+              return controller.error(reset);
+            }
+          }
+        },
+      },
+      room,
+      room,
+    );
+    const commands = new TransformStream<Uint8Array, Uint8Array>(
+      {
+        start: (controller) => void (fail = (error) => controller.error(error)),
+        transform: async (bytes, controller) => {
+          if (readDelay === Infinity) await new Promise(() => {});
+          if (readDelay) {
+            await new Promise<void>((resolve) => this.clock.setTimeout(resolve, readDelay * 1000));
+          }
+          this.#steps.push([this.host.at, fromBytes(bytes)]);
+          controller.enqueue(bytes);
+        },
+        flush: () => void this.#steps.push([this.host.at, null]),
+      },
+      room,
+      room,
+    );
+    return {
+      ivr: { readable: events.readable, writable: commands.writable },
+      host: { readable: commands.readable, writable: events.writable },
+    };
+  }
+}
+
+/**
+ * Plays a recording: its caller against a handler, or, without one, against the very commands that were recorded. Resolves
+ * with the recording of what happened now.
+ *
+ * @example
+ * ```ts
+ * import assert from "node:assert/strict";
+ * import { dial, replay } from "@externalivr/protocol/asterisk";
+ *
+ * const call = dial((ivr) => ivr.exit("done"), { epoch: 1795372484 });
+ * await call.over();
+ * const recording = call.recording();
+ * assert.deepEqual((await replay(recording)).log, recording.log);
+ * ```
+ */
+export async function replay(
+  recording: Recording,
+  handler?: (session: Session) => unknown,
+): Promise<Recording> {
+  const { caller, steps, received, ended, log: _, ...options } = recording;
+  const [[first = "0"] = []] = received.map(([, line]) => line.split(",").slice(1));
+  const at = received[0]?.[0] ?? 0;
+  let stopped: number | undefined;
+
+  const perform = async ({ readable, writable }: Streams) => {
+    const writer = writable.getWriter();
+    const reading = (async () => {
+      try {
+        for await (const _ of lines(readable, { encoding: "latin1" }));
+      } catch { /* the call is over either way */ }
+    })();
+    let now = 0;
+    for (const [at, text] of steps) {
+      await new Promise((resolve) => setTimeout(resolve, (at - now) * 1000));
+      now = at;
+      await (text === null ? writer.close() : writer.write(toBytes(text)))
+        .catch(() => {});
+    }
+    if (!ended) {
+      await new Promise((resolve) => setTimeout(resolve, 2000));
+      stopped = call.host.at;
+      await writer.close();
+    }
+    await reading;
+  };
+  const call: Call = new Call(handler ? answered(handler) : perform, {
+    ...options,
+    encoding: "latin1",
+    epoch: Number(first) - at,
+  });
+  call.plan(caller);
+  await call.over();
+  const now = call.recording();
+  if (stopped === undefined) return now;
+  return {
+    ...now,
+    received: now.received.filter(([at]) => at <= stopped!),
+    ended: null,
+  };
+}
