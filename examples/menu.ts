@@ -1,0 +1,134 @@
+#!/usr/bin/env -S deno run --quiet --allow-net
+// Copyright 2026 the ExternalIVR authors. MIT license.
+
+/**
+ * The IVR that everybody writes: it greets, asks for an account number and for a department, tells the dialplan
+ * both, and goes on there. One file for Deno, Bun and Node 24, as a program or as a server:
+ *
+ * ```
+ * exten => 100,1,ExternalIVR(/path/menu.ts(sales))          ; the program, by the first line of this file
+ * exten => 101,1,ExternalIVR(/usr/bin/node(/path/menu.ts))  ; the same on Node
+ * exten => 102,1,ExternalIVR(ivr://localhost(sales))        ; the server: menu.ts --listen [host:port]
+ * ```
+ *
+ * The first argument is the department for callers who press nothing. The dialplan finds `ACCOUNT` and `DEPARTMENT`.
+ *
+ * @module
+ */
+
+import { type AddressInfo, createServer, isIPv6 } from "node:net";
+import process from "node:process";
+import { Duplex, Readable, Writable } from "node:stream";
+import { IvrError, Session, type Sink, type Source } from "../mod.ts";
+
+const DEPARTMENTS: Record<string, string> = { "1": "sales", "2": "support" };
+
+/** The whole menu, for one call. */
+export async function menu(ivr: Session): Promise<void> {
+  const department = (await ivr.params()).filter((param) => Object.values(DEPARTMENTS).includes(param)).at(-1);
+
+  const account = await ask(
+    ivr,
+    ["hello-world", "agent-user"],
+    8,
+    (digits) => digits.length >= 4,
+  );
+  if (account) await ivr.set({ ACCOUNT: account });
+
+  const key = account &&
+    await ask(
+      ivr,
+      ["vm-press", "digits/1", "digits/2"],
+      1,
+      (digit) => digit in DEPARTMENTS,
+    );
+  const choice = key ? DEPARTMENTS[key] : department;
+  if (choice) await ivr.set({ DEPARTMENT: choice });
+
+  await ivr.log(
+    `account ${account || "unknown"}, department ${choice ?? "unknown"}`,
+  );
+  if (account) await ivr.play("auth-thankyou");
+  await ivr.exit();
+}
+
+/** Asks up to three times. A caller who is gone answers nothing. */
+async function ask(
+  ivr: Session,
+  prompt: string[],
+  maxDigits: number,
+  valid: (digits: string) => boolean,
+): Promise<string> {
+  for (let tries = 0; tries < 3 && !ivr.signal.aborted; tries++) {
+    const { digits } = await ivr.gather({ prompt, maxDigits, timeout: 4000 });
+    if (valid(digits)) return digits;
+    if (digits) ivr.queue("pbx-invalid");
+  }
+  return "";
+}
+
+/** Takes a call from its first event to its last. Never rejects: one call's failure is no other's. */
+async function answer(
+  streams: { readable: Source; writable: Sink },
+): Promise<void> {
+  const ivr = new Session(streams);
+  try {
+    await menu(ivr);
+  } catch (error) {
+    const hungUp = error instanceof IvrError && error.code === "ended";
+    if (!hungUp) console.error(error);
+  } finally {
+    await ivr.close();
+  }
+}
+
+/** Takes any number of calls at once, until a signal comes: then no new ones, and those under way end first. */
+function listen(address = ""): void {
+  const bare = /^\d+$/.test(address) ? `:${address}` : isIPv6(address) ? `[${address}]` : address;
+  const { 1: v6, 2: name, 3: port = "2949" } = /^(?:\[(.*)\]|([^:]*))(?::(\d+))?$/.exec(bare) ?? fail(address);
+  const server = createServer(
+    { noDelay: true },
+    (socket) => void answer(Duplex.toWeb(socket)),
+  );
+  server.on("error", (error) => {
+    console.error(`Cannot listen: ${error.message}`);
+    process.exitCode = 1;
+  });
+  // Without a host: IPv6 and IPv4
+  server.listen({ port: Number(port), host: v6 || name || undefined }, () => {
+    const bound = server.address() as AddressInfo;
+    console.error(
+      `Waiting for calls on ${isIPv6(bound.address) ? `[${bound.address}]` : bound.address}:${bound.port}`,
+    );
+  });
+  for (const signal of ["SIGINT", "SIGTERM"] as const) {
+    process.once(signal, () => server.close());
+  }
+}
+
+function fail(address: string): never {
+  console.error(
+    `Cannot listen on "${address}": it has to be [host:]port or host`,
+  );
+  process.exit(2);
+}
+
+if (import.meta.main) {
+  // As a program everything on the command line is the dialplan's, and `params()` brings it
+  const [option, address, ...rest] = process.argv.slice(2);
+  if (option === "--help") {
+    console.log(
+      "menu.ts [ARGUMENT]...          the program of ExternalIVR(/path/menu.ts(ARGUMENT,...))",
+    );
+    console.log(
+      "menu.ts --listen [HOST:PORT]   the server of ExternalIVR(ivr://HOST:PORT(ARGUMENT,...))",
+    );
+  } else if (option === "--listen") {
+    listen(rest.length ? fail([address, ...rest].join(" ")) : address);
+  } else {
+    await answer({
+      readable: Readable.toWeb(process.stdin),
+      writable: Writable.toWeb(process.stdout),
+    });
+  }
+}

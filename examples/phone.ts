@@ -1,0 +1,439 @@
+#!/usr/bin/env -S deno run --quiet --allow-all
+// Copyright 2026 the ExternalIVR authors. MIT license.
+
+/**
+ * A telephone in the terminal, with Asterisk's side of the wire in it: it takes the very text of the dialplan's
+ * `ExternalIVR(…)`, runs the program or connects to the server, and shows the call.
+ *
+ * @module
+ */
+
+import { spawn } from "node:child_process";
+import { lookup } from "node:dns/promises";
+import { closeSync, openSync, readdirSync, readSync, statSync } from "node:fs";
+import { connect, type Socket } from "node:net";
+import { isAbsolute, join, relative, sep } from "node:path";
+import process from "node:process";
+import { Duplex, Readable, Writable } from "node:stream";
+import { fileURLToPath } from "node:url";
+import { parseArgs } from "node:util";
+import type { Digit, Sink, Source } from "../mod.ts";
+import { Asterisk, type Dialplan, type HostOptions, type Note, parseDialplan, type Recording } from "./asterisk.ts";
+
+const HELP = `phone.ts: call an IVR from the terminal, as Asterisk's ExternalIVR would
+
+  phone.ts [OPTION]... "ivr://localhost:2949(arg1,arg2),i"
+  phone.ts [OPTION]... "/path/program(arg1,arg2),n"
+
+The text is what stands in the dialplan's ExternalIVR(...). Its options: n, do not answer; i, the caller's
+hangup is left to the IVR; d, the caller is gone from the start.
+
+  --sound NAME=SECONDS    a playable file and its length; may be repeated
+  --sounds DIR            the files of a directory tree: gsm, wav, ulaw, alaw, sln, g722, ...
+                          With neither, every name plays a second
+  --set NAME=VALUE        a channel variable; may be repeated
+  --global NAME=VALUE     a global variable; may be repeated
+  --caller "0.5 1, 0.8 23#, 4 hangup"
+                          what the caller does by themselves: seconds, then keys or hangup
+  --menu                  call menu.ts beside this file, unless the text names something else
+  --help                  this text
+
+In a terminal the keys 0-9 * # a-d are pressed as they are typed; h or Ctrl-C hangs up.
+Exit status: 0 when the dialplan would go on, 1 when the call was hung up, 2 for wrong use.`;
+
+/** Wrong use: said in one line, and where to read on. */
+function wrong(message: string): never {
+  console.error(`phone.ts: ${message}\nTry phone.ts --help`);
+  process.exit(2);
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Arguments
+// ---------------------------------------------------------------------------------------------------------
+
+interface Arguments {
+  dialplan: Dialplan;
+  host: HostOptions;
+  caller: Recording["caller"];
+}
+
+function readArguments(): Arguments {
+  const { values, positionals } = parsed();
+  if (values.help) {
+    console.log(HELP);
+    process.exit(0);
+  }
+  const menu = `${fileURLToPath(new URL("./menu.ts", import.meta.url))}(sales)`;
+  const text = positionals[0] ??
+    (values.menu ? menu : wrong(
+      "there is nobody to call: name an ivr://host or a /path/program",
+    ));
+  if (positionals.length > 1) {
+    wrong(
+      `one call at a time: "${positionals[1]}" is one too many (are there quotes around the text?)`,
+    );
+  }
+
+  let dialplan: Dialplan;
+  try {
+    dialplan = parseDialplan(text);
+  } catch (error) {
+    wrong((error as Error).message);
+  }
+  const lengths = pairs("sound", values.sound).map(([name, length]) => {
+    const seconds = Number(length);
+    if (!(length.trim() && seconds >= 0 && seconds < Infinity)) {
+      wrong(`--sound ${name}=${length}: the length has to be in seconds`);
+    }
+    return [name, seconds] as const;
+  });
+  const tree = (values.sounds ?? []).map((folder) => readTree(folder));
+  const sounds = (file: string) =>
+    Object.fromEntries(lengths)[file] ??
+      tree.map((find) => find(file)).find((seconds) => seconds !== undefined);
+  return {
+    dialplan,
+    host: {
+      ...dialplan,
+      sounds: lengths.length || tree.length ? sounds : undefined,
+      variables: Object.fromEntries(pairs("set", values.set)),
+      globals: Object.fromEntries(pairs("global", values.global)),
+    },
+    caller: (values.caller ?? "").split(",").filter((part) => part.trim()).map(
+      readAction,
+    ),
+  };
+}
+
+function parsed() {
+  try {
+    return parseArgs({
+      allowPositionals: true,
+      options: {
+        sound: { type: "string", multiple: true },
+        sounds: { type: "string", multiple: true },
+        set: { type: "string", multiple: true },
+        global: { type: "string", multiple: true },
+        caller: { type: "string" },
+        menu: { type: "boolean" },
+        help: { type: "boolean", short: "h" },
+      },
+    });
+  } catch (error) {
+    return wrong((error as Error).message);
+  }
+}
+
+function pairs(option: string, values: string[] = []): [string, string][] {
+  return values.map((value) => {
+    const at = value.indexOf("=");
+    if (at < 1) wrong(`--${option} "${value}": it has to be NAME=VALUE`);
+    return [value.slice(0, at), value.slice(at + 1)];
+  });
+}
+
+function readAction(part: string): Recording["caller"][number] {
+  const [, at, does] = /^\s*(\d+(?:\.\d+)?)\s+(hangup|[0-9A-Da-d*#]+)\s*$/.exec(part) ?? [];
+  if (!at || !does) {
+    wrong(
+      `--caller "${part.trim()}": it has to be seconds, a blank, and keys or hangup`,
+    );
+  }
+  return does === "hangup" ? [Number(at), "hangup"] : [Number(at), "press", does.toUpperCase()];
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Sounds
+// ---------------------------------------------------------------------------------------------------------
+
+/** Bytes a second of the formats without a header. */
+const RATES: Record<string, number> = {
+  gsm: 1650,
+  ulaw: 8000,
+  ul: 8000,
+  mu: 8000,
+  pcm: 8000,
+  alaw: 8000,
+  al: 8000,
+  alw: 8000,
+  g722: 8000,
+  g729: 1000,
+  ilbc: 50 / 0.03,
+  siren7: 4000,
+  siren14: 6000,
+  vox: 4000,
+  "g726-16": 2000,
+  "g726-24": 3000,
+  "g726-32": 4000,
+  "g726-40": 5000,
+  raw: 16000,
+  sln: 16000,
+  sln12: 24000,
+  sln16: 32000,
+  sln24: 48000,
+  sln32: 64000,
+  sln44: 88200,
+  sln48: 96000,
+  sln96: 192000,
+  sln192: 384000,
+};
+
+/** Finds the files of a tree by their names without suffix, absolute or from its root. */
+function readTree(folder: string): (file: string) => number | undefined {
+  const found = new Map<string, number>();
+  try {
+    for (
+      const entry of readdirSync(folder, { recursive: true, encoding: "utf8" })
+    ) {
+      const [, name, suffix] = /^(.*)\.([^.]+)$/.exec(entry) ?? [];
+      const seconds = name && suffix && lengthOf(join(folder, entry), suffix);
+      if (seconds !== undefined && seconds !== "") {
+        found.set(name!.replaceAll(sep, "/"), seconds);
+      }
+    }
+  } catch (error) {
+    wrong(`--sounds "${folder}": ${(error as Error).message}`);
+  }
+  return (file) =>
+    found.get(
+      isAbsolute(file) ? relative(folder, file).replaceAll(sep, "/") : file,
+    );
+}
+
+/** A file's length in seconds; nothing for what is no sound. */
+function lengthOf(path: string, suffix: string): number | undefined {
+  const rate = Object.hasOwn(RATES, suffix) ? RATES[suffix] : undefined;
+  if (rate) return statSync(path).size / rate;
+  return /^wav(49)?$/i.test(suffix) ? lengthOfWave(path) : undefined;
+}
+
+/** A wave file tells its bytes a second in its chunk "fmt ", and their number in the chunk "data". */
+function lengthOfWave(path: string): number | undefined {
+  const { size } = statSync(path);
+  const file = openSync(path, "r");
+  try {
+    const view = new DataView(new ArrayBuffer(20));
+    const id = (at: number) => String.fromCharCode(...new Uint8Array(view.buffer, at, 4));
+    let rate = 0;
+    for (
+      let at = 12;
+      readSync(file, view, 0, 20, at) >= 8;
+      at += 8 + view.getUint32(4, true) + view.getUint32(4, true) % 2
+    ) {
+      if (id(0) === "fmt ") rate = view.getUint32(16, true);
+      // A recorder that was cut off leaves a length of nothing, or of everything
+      if (id(0) === "data") {
+        return rate ? Math.min(view.getUint32(4, true) || Infinity, size - at - 8) / rate : undefined;
+      }
+    }
+  } finally {
+    closeSync(file);
+  }
+  return undefined;
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// The line
+// ---------------------------------------------------------------------------------------------------------
+
+interface Line {
+  readable: Source;
+  writable: Sink;
+  stderr?: Source;
+}
+
+/** Runs the program or connects to the server. */
+async function open({ application, args }: Dialplan): Promise<Line> {
+  if (application.startsWith("ivr://")) {
+    return Duplex.toWeb(await reach(application));
+  }
+  const child = spawn(application, args, { stdio: "pipe" });
+  await new Promise<void>((resolve, reject) => {
+    child.once("spawn", resolve);
+    child.once(
+      "error",
+      (error) =>
+        reject(
+          new Error(`Failed to execute '${application}': ${error.message}`),
+        ),
+    );
+  });
+  return {
+    readable: Readable.toWeb(child.stdout),
+    writable: Writable.toWeb(child.stdin),
+    stderr: Readable.toWeb(child.stderr),
+  };
+}
+
+/** Connects to the first address of a name that answers. */
+async function reach(application: string): Promise<Socket> {
+  const [, v6, name, port = "2949"] = /^ivr:\/\/(?:\[(.+)\]|([^:]+))(?::(\d+))?$/.exec(application) ?? [];
+  const host = v6 ?? name ??
+    wrong(`"${application}": it has to be ivr://host[:port]`);
+  const addresses = await lookup(host, { all: true }).catch(() => {
+    throw new Error(`Unable to locate host '${host}'`);
+  });
+  for (const { address } of addresses) {
+    const socket = connect({
+      host: address,
+      port: Number(port),
+      noDelay: true,
+    });
+    const connected = await new Promise<boolean>((resolve) => {
+      socket.once("connect", () => resolve(true));
+      socket.once("error", () => resolve(false));
+    });
+    if (connected) return socket;
+  }
+  throw new Error(
+    `Could not connect to any host: ${addresses.map(({ address }) => address).join(", ")} port ${port}`,
+  );
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// The screen
+// ---------------------------------------------------------------------------------------------------------
+
+/** What a note says to somebody who listens. */
+const SAYS: Record<Note["kind"], (text: string) => string> = {
+  event: (text) => `<-- ${text}`,
+  command: (text) => `--> ${text}`,
+  log: (text) => `log: ${text}`,
+  plays: (text) => `playing ${text}`,
+  answers: () => "answered",
+  caller: (text) => `the caller ${text}`,
+  sends: (text) => `sends the keys ${text}`,
+  ends: (text) => text === "continued" ? "the dialplan goes on" : "hung up",
+};
+
+/** Everything that happens, a line each. */
+function printPlainly(note: Note): void {
+  console.log(
+    `${note.at.toFixed(3).padStart(8)}  ${printable(SAYS[note.kind](note.text))}`,
+  );
+}
+
+/** The call as it stands, drawn over and over in the same place. */
+class Screen {
+  #notes: Note[] = [];
+  #height = 0;
+  #set: Record<string, string>;
+  #title: string;
+
+  constructor(title: string, set: Record<string, string>) {
+    this.#title = title;
+    this.#set = set;
+  }
+
+  add(note: Note): void {
+    this.#notes.push(note);
+  }
+
+  draw(host: Asterisk): void {
+    const width = Math.max(40, process.stdout.columns || 80) - 1;
+    const lines = this.#lines(host, width).map((line) => {
+      const text = printable(line);
+      return text.length > width ? text.slice(0, width - 1) + "…" : text;
+    });
+    const up = this.#height ? `\x1b[${this.#height}A\r` : "";
+    process.stdout.write(`${up}\x1b[J${lines.join("\r\n")}\r\n`);
+    this.#height = lines.length;
+  }
+
+  #lines(host: Asterisk, width: number): string[] {
+    const texts = (kind: Note["kind"]) => this.#notes.filter((note) => note.kind === kind).map(({ text }) => text);
+    const set = Object.entries(host.variables).filter(([name, value]) => this.#set[name] !== value);
+    const log = texts("log").slice(-6);
+    const ended = texts("ends").at(-1);
+    const state = ended
+      ? SAYS.ends(ended)
+      : texts("caller").includes("hangs up")
+      ? "the caller is gone"
+      : host.up
+      ? "answered"
+      : "ringing";
+    const lines = [
+      this.#title,
+      `  ${state.padEnd(12)} ${host.at.toFixed(1)} s`,
+      `  playing      ${this.#bar(host, width - 15)}`,
+      `  waiting      ${host.waiting.join("  ") || "-"}`,
+      `  keys         ${
+        texts("caller").map((text) => /^presses (.)$/.exec(text)?.[1] ?? "")
+          .join(" ").trim() || "-"
+      }`,
+      ...texts("sends").length ? [`  sent keys    ${texts("sends").join(" ")}`] : [],
+      `  set          ${set.map((pair) => pair.join("=")).join("  ") || "-"}`,
+      ...log.map((text, i) => `  ${i ? "   " : "log"}          ${text}`),
+    ];
+    return ended ? lines : [...lines, "  0-9 * # a-d press a key, h hangs up"];
+  }
+
+  #bar(host: Asterisk, width: number): string {
+    const { playing } = host;
+    if (!playing) return "-";
+    const length = playing.length / 1000;
+    const at = Math.min(length, (performance.now() - playing.since) / 1000);
+    const size = Math.max(10, Math.min(30, width - playing.file.length - 16));
+    const full = length ? Math.round(at / length * size) : size;
+    return `${playing.file} [${"#".repeat(full)}${".".repeat(size - full)}] ${at.toFixed(1)} of ${length.toFixed(1)} s`;
+  }
+}
+
+/** Nothing that moves the cursor. */
+function printable(text: string): string {
+  return text.replace(
+    /\p{Cc}/gu,
+    (char) => `\\x${char.charCodeAt(0).toString(16).padStart(2, "0")}`,
+  );
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// The call
+// ---------------------------------------------------------------------------------------------------------
+
+async function call(
+  { dialplan, host: options, caller }: Arguments,
+): Promise<number> {
+  let line: Line;
+  try {
+    line = await open(dialplan);
+  } catch (error) {
+    console.error((error as Error).message);
+    return 1;
+  }
+  const { stdin, stdout } = process;
+  const screen = stdout.isTTY
+    ? new Screen(
+      [dialplan.application, ...dialplan.args].join("  "),
+      options.variables ?? {},
+    )
+    : undefined;
+  const host = new Asterisk(line, {
+    ...options,
+    onNote: (note) => screen ? screen.add(note) : printPlainly(note),
+  });
+  host.plan(caller);
+  const hangUp = () => host.hangUp();
+  process.on("SIGINT", hangUp).on("SIGTERM", hangUp);
+  if (stdin.isTTY) {
+    stdin.setRawMode(true);
+    stdin.setEncoding("utf8").on(
+      "data",
+      (typed) => [...String(typed)].forEach((key) => type(host, key)),
+    );
+  }
+  const drawing = screen && setInterval(() => screen.draw(host), 100);
+  const left = await host.left;
+  clearInterval(drawing);
+  screen?.draw(host);
+  if (stdin.isTTY) stdin.setRawMode(false);
+  return left === "continued" ? 0 : 1;
+}
+
+/** A key of the keyboard, as the caller's. */
+function type(host: Asterisk, key: string): void {
+  if (key === "h" || key === "\x03") host.hangUp();
+  else if (/^[0-9*#a-d]$/i.test(key)) host.press(key.toUpperCase() as Digit);
+}
+
+if (import.meta.main) process.exit(await call(readArguments()));
