@@ -100,7 +100,7 @@ export class IvrError extends Error {
   /** What went wrong. */
   code: IvrErrorCode;
   /** With `truncated`: the variables as they came, the last bytes missing. */
-  partial?: Record<string, string>;
+  declare partial?: Record<string, string>;
 
   /** Makes an error with a code, a message, and perhaps the error behind it. */
   constructor(code: IvrErrorCode, message: string, options?: ErrorOptions) {
@@ -240,20 +240,13 @@ function checked(
     refuse(field, value, "no CR, LF, NUL or half a character can pass");
   }
   if (meant.type !== read.type || value !== JSON.stringify(read[field])) {
-    refuse(
-      field,
-      value,
-      `it would be read as ${JSON.stringify(read[field] ?? read.type)}`,
-    );
+    refuse(field, value, `it would be read as ${JSON.stringify(read[field] ?? read.type)}`);
   }
   return line + "\n";
 }
 
 function refuse(field: string, value: unknown, rule: string): never {
-  throw new IvrError(
-    "invalid",
-    `Cannot send ${field} ${String(value).slice(0, 80)}: ${rule}`,
-  );
+  throw new IvrError("invalid", `Cannot send ${field} ${String(value).slice(0, 80)}: ${rule}`);
 }
 
 function chomp(line: string): string {
@@ -422,21 +415,13 @@ export function formatCommand(
     case "exit":
       meant = { ...command, message: payload };
   }
-  const line = checked(
-    field,
-    meant,
-    (letter && letter + ",") + payload,
-    parseCommand,
-  );
+  const line = checked(field, meant, (letter && letter + ",") + payload, parseCommand);
   const bytes = encode(line, encoding).length - 1;
   if (encoding === "latin1" && /[^\0-\xff]/.test(line)) {
     refuse(field, payload, "it does not fit into Latin-1");
   }
   if (bytes > MAX_COMMAND_BYTES) {
-    throw new IvrError(
-      "too-long",
-      `Cannot send ${field}: ${bytes} bytes exceed ${MAX_COMMAND_BYTES}`,
-    );
+    throw new IvrError("too-long", `Cannot send ${field}: ${bytes} bytes exceed ${MAX_COMMAND_BYTES}`);
   }
   return line;
 }
@@ -560,10 +545,7 @@ function cutter(
 
   function bounded(line: string): string {
     if (line.length > maxLine) {
-      throw new IvrError(
-        "too-long",
-        `Cannot read "${line.slice(0, 80)}…": more than ${maxLine} characters in a line`,
-      );
+      throw new IvrError("too-long", `Cannot read "${line.slice(0, 80)}…": more than ${maxLine} characters in a line`);
     }
     return line;
   }
@@ -603,7 +585,7 @@ export interface SessionOptions extends LinesOptions {
  * - `missing`: there is no such file. `refused`: the channel is not answered, or hung up.
  * - `skipped`: the file exists but Asterisk could not open it. It says so to nobody: only something behind it that
  *   moved on tells.
- * - `ended`: the call ended first.
+ * - `ended`: the call ended first, or, with the dialplan's option `i`, the caller hung up.
  */
 export type Outcome =
   | "finished"
@@ -863,7 +845,7 @@ export class Session {
       const room = new Uint8Array(MAX_COMMAND_BYTES - "L,".length);
       for (const line of text.split(/[\n\r]/)) {
         const strange = this.#encoding === "latin1" ? /[^\0-\xff]/gu : /\p{Surrogate}/gu;
-        let rest = line.replace(/[\0-\x1f\x7f]/g, " ").replace(strange, "?")
+        let rest = line.replace(/\p{Cc}/gu, " ").replace(strange, "?")
           .trimEnd();
         while (rest) {
           const { read } = new TextEncoder().encodeInto(rest, room);
@@ -890,15 +872,10 @@ export class Session {
       const answers = await Promise.all(
         names.map((name, i) => this.#ask<string>(questions[i]!, { name })),
       );
-      const values = Object.fromEntries(
-        names.map((name, i) => [name, answers[i]!.slice(name.length + 1)]),
-      );
+      const values = Object.fromEntries(names.map((name, i) => [name, answers[i]!.slice(name.length + 1)]));
       const cut = names.find((_, i) => encode(answers[i]!, this.#encoding).length >= 2046);
       if (cut === undefined) return values;
-      const error = new IvrError(
-        "truncated",
-        `Cannot get "${cut}" whole: Asterisk cuts at 2047 bytes`,
-      );
+      const error = new IvrError("truncated", `Cannot get "${cut}" whole: Asterisk cuts at 2047 bytes`);
       error.partial = values;
       throw error;
     });
@@ -1019,10 +996,7 @@ export class Session {
       this.#drained = () => (clearTimeout(timer), resolve());
     });
     if (this.#waiting > this.#maxQueue) {
-      throw new IvrError(
-        "overflow",
-        `Cannot keep more than ${this.#maxQueue} events: nobody takes them`,
-      );
+      throw new IvrError("overflow", `Cannot keep more than ${this.#maxQueue} events: nobody takes them`);
     }
   }
 
@@ -1085,12 +1059,7 @@ export class Session {
   #refused(reason?: string): void {
     const asked = this.#asked[0];
     if (!asked) return;
-    asked.reject(
-      new IvrError(
-        "refused",
-        `Asterisk refused: ${reason ?? "the channel is not answered, or hung up"}`,
-      ),
-    );
+    asked.reject(new IvrError("refused", `Asterisk refused: ${reason ?? "the channel is not answered, or hung up"}`));
     asked.clears = 0;
     this.#prompts = this.#prompts.filter((prompt) => prompt !== asked.prompt);
     asked.prompt?.settle(reason === undefined ? "refused" : "missing");
@@ -1112,32 +1081,17 @@ export class Session {
   }
 
   #gather(options: GatherOptions): Promise<Gathered> {
-    const {
-      prompt = [],
-      maxDigits,
-      terminators = "#",
-      timeout = 5000,
-      bargeIn = true,
-      signal,
-    } = options;
+    const { prompt = [], maxDigits, terminators = "#", timeout = 5000, bargeIn = true, signal } = options;
     const { interDigitTimeout = timeout } = options;
-    if (
-      maxDigits !== undefined && !(Number.isInteger(maxDigits) && maxDigits > 0)
-    ) {
+    if (maxDigits !== undefined && !(Number.isInteger(maxDigits) && maxDigits > 0)) {
       refuse("maxDigits", maxDigits, "it has to be a whole number above zero");
     }
     for (const key of terminators) {
       if (!DIGITS.includes(key)) refuse("terminators", key, "no such key");
     }
-    for (
-      const [field, value] of Object.entries({ timeout, interDigitTimeout })
-    ) {
+    for (const [field, value] of Object.entries({ timeout, interDigitTimeout })) {
       if (!(value >= 0 && value <= 0x7fffffff || value === Infinity)) {
-        refuse(
-          field,
-          value,
-          "it has to be milliseconds",
-        );
+        refuse(field, value, "it has to be milliseconds");
       }
     }
     if (this.#gathering) refuse("gather", "", "another one is under way");
@@ -1156,9 +1110,7 @@ export class Session {
         signal?.removeEventListener("abort", abort);
         this.#gathering = undefined;
         if (playing && !this.signal.aborted) this.interrupt();
-        resolve(
-          terminator ? { digits, reason, terminator } : { digits, reason },
-        );
+        resolve(terminator ? { digits, reason, terminator } : { digits, reason });
         this.#deliver(); // the keys that are left
       };
       const abort = () => end("aborted");
@@ -1202,10 +1154,7 @@ export class Session {
     return quiet(() => new Promise((settle) => this.#send(command, settle).catch(ignore)));
   }
 
-  #send(
-    command: IvrCommand,
-    settle: (outcome: Outcome) => void = ignore,
-  ): Promise<unknown> {
+  #send(command: IvrCommand, settle: (outcome: Outcome) => void = ignore): Promise<unknown> {
     const line = formatCommand(command, this.#encoding);
     const { type } = command;
     if (type === "get") {
@@ -1235,19 +1184,12 @@ export class Session {
     });
   }
 
-  #ask<Answer>(
-    lines: string,
-    asked: Omit<Asked, "resolve" | "reject">,
-  ): Promise<Answer> {
+  #ask<Answer>(lines: string, asked: Omit<Asked, "resolve" | "reject">): Promise<Answer> {
     return new Promise<Answer>((resolve, reject) => {
       if (this.#ending) {
         return reject(new IvrError("ended", "The call has ended"));
       }
-      this.#asked.push({
-        ...asked,
-        resolve: resolve as Asked["resolve"],
-        reject,
-      });
+      this.#asked.push({ ...asked, resolve: resolve as Asked["resolve"], reject });
       this.#write(lines);
       this.#wake();
     });
@@ -1281,7 +1223,9 @@ export class Session {
     }, delay);
   }
 
+  /** The caller is gone, and nothing plays any more, even if the call is still ours. */
   #hungUp(): void {
+    for (const prompt of this.#prompts.splice(0)) prompt.settle("ended");
     this.#hangup.abort(new IvrError("aborted", "The caller is gone"));
     this.#gathering?.();
   }
@@ -1295,7 +1239,6 @@ export class Session {
     this.#ending = by === "error" ? { by, error } : { by };
     clearTimeout(this.#timer);
     const ended = new IvrError("ended", "The call has ended", { cause: error });
-    for (const prompt of this.#prompts.splice(0)) prompt.settle("ended");
     for (const asked of this.#asked.splice(0)) asked.reject(ended);
     this.#hungUp();
     this.#end(this.#ending);
@@ -1306,15 +1249,16 @@ export class Session {
 
   /** Closes both streams: what was sent goes out first, unless the session failed or the peer does not take it. */
   async #release(): Promise<void> {
-    let grace: ReturnType<typeof setTimeout> | undefined;
     if (this.#ending!.by === "error") {
       this.#writer.abort(this.#ending!.error).catch(ignore);
     } else {
+      let grace: ReturnType<typeof setTimeout> | undefined;
       const waited = new Promise<void>((resolve) => grace = later(resolve, GRACE));
-      await undefined;
+      // A socket that ends by itself, as Node's do, is to do so first: Deno fails when both close it in one turn
+      await new Promise((resolve) => setTimeout(resolve));
       await Promise.race([waited, this.#writer.close().catch(ignore)]);
+      clearTimeout(grace);
     }
-    clearTimeout(grace);
     await this.#reader.cancel().catch(ignore);
   }
 }

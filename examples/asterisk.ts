@@ -45,7 +45,6 @@ import {
   type IvrEvent,
   lines,
   parseCommand,
-  parseEvent,
   Session,
   type Sink,
   type Source,
@@ -95,7 +94,8 @@ export class VirtualClock implements Clock {
 
   /** Runs something when the time has come; timers of the same time in the order they were set. */
   setTimeout(run: () => void, ms: number): unknown {
-    const timer = { at: this.#now + Math.max(0, ms || 0), run };
+    // To the nanosecond, so that what is due together stays together
+    const timer = { at: Math.round((this.#now + Math.max(0, ms || 0)) * 1e6) / 1e6, run };
     let at = this.#timers.length;
     while (at > 0 && this.#timers[at - 1]!.at > timer.at) at--;
     this.#timers.splice(at, 0, timer);
@@ -124,9 +124,7 @@ export class VirtualClock implements Clock {
 
   /** Lets everything happen that takes no time, and what is held. */
   async settle(): Promise<void> {
-    do await new Promise<void>((resolve) => void setImmediate(resolve)); while (
-      this.#held > 0
-    );
+    do await new Promise<void>((resolve) => void setImmediate(resolve)); while (this.#held > 0);
   }
 
   /**
@@ -170,12 +168,7 @@ class VirtualTimer {
   clock: VirtualClock;
   timer: unknown;
 
-  constructor(
-    clock: VirtualClock,
-    run: () => void,
-    ms: number,
-    repeat: boolean,
-  ) {
+  constructor(clock: VirtualClock, run: () => void, ms: number, repeat: boolean) {
     this.clock = clock;
     const bound = AsyncResource.bind(run);
     const tick = () => {
@@ -209,12 +202,7 @@ function borrowTimers(): void {
     if (!clock) {
       return (own[name] as (...args: unknown[]) => unknown)(run, ms, ...args);
     }
-    return new VirtualTimer(
-      clock,
-      () => (run as (...args: unknown[]) => void)(...args),
-      ms,
-      name === "setInterval",
-    );
+    return new VirtualTimer(clock, () => (run as (...args: unknown[]) => void)(...args), ms, name === "setInterval");
   };
   const stop = (name: "clearTimeout" | "clearInterval") => (timer: unknown) => {
     if (timer instanceof VirtualTimer) timer.clock.clearTimeout(timer.timer);
@@ -491,18 +479,21 @@ export class Asterisk {
     this.#note("log", text);
   }
 
-  /** Writes an event, once Asterisk is not busy. */
-  #emit(event: Untimed): void {
-    if (this.#busy) return void this.#busy.held.push(() => this.#emit(event));
+  /**
+   * Writes an event, once Asterisk is not busy. Data that may be any bytes stands for the "=" in it: Asterisk cuts a reply
+   * anywhere and lets a newline in a value pass, and no codec would.
+   */
+  #emit(event: Untimed, data?: string): void {
+    if (this.#busy) return void this.#busy.held.push(() => this.#emit(event, data));
     const timestamp = Math.floor(this.#epoch + this.at) | 0;
-    if (event.type !== "variables") {
-      return this.#send(
-        this.#bytes(formatEvent({ ...event, timestamp } as IvrEvent)),
-      );
-    }
-    // Asterisk cuts a reply anywhere and lets a newline in a value pass: no codec would
-    const line = formatEvent({ type: "variables", timestamp, data: "=" });
-    this.#send(line.replace("=\n", () => event.data + "\n"));
+    const line = this.#bytes(formatEvent({ ...event, timestamp } as IvrEvent));
+    this.#send(data === undefined ? line : line.replace("=\n", () => data + "\n"));
+  }
+
+  /** Writes an event that names a file, if this version does. */
+  #emitFile(type: "finished" | "interrupted" | "dropped" | "failed", file: string): void {
+    if (this.#version < 1.8 && (type === "interrupted" || type === "failed")) return this.#emit({ type });
+    this.#emit(type === "failed" ? { type, reason: "=" } : { type, file: "=" }, this.#bytes(file));
   }
 
   #send(line: string): void {
@@ -544,14 +535,9 @@ export class Asterisk {
 
   /** What `I`, `S` and, with autoclear, a key do. Until the next frame Asterisk does not know that it stopped. */
   #clear(): void {
-    const named = this.#version >= 1.8;
     const playing = this.#playing && !this.#aborted ? this.#playlist.shift() : undefined;
-    if (playing !== undefined) {
-      this.#emit({ type: "interrupted", ...named && { file: playing } });
-    }
-    for (const file of this.#playlist.splice(0)) {
-      this.#emit({ type: "dropped", file });
-    }
+    if (playing !== undefined) this.#emitFile("interrupted", playing);
+    for (const file of this.#playlist.splice(0)) this.#emitFile("dropped", file);
     if (this.#playing) this.#aborted = true;
     this.#look();
   }
@@ -586,7 +572,7 @@ export class Asterisk {
   #finished(file: string): void {
     this.#playlist.shift();
     this.#next();
-    this.#emit({ type: "finished", file });
+    this.#emitFile("finished", file);
   }
 
   // The commands -------------------------------------------------------------------------------------------
@@ -627,9 +613,7 @@ export class Asterisk {
   #service(): void {
     const stalls = this.#version >= 15;
     while (!this.#over && !this.#busy) {
-      if (
-        !this.#socket && !this.#end && (stalls || !this.#buffer.includes("\n"))
-      ) return;
+      if (!this.#socket && !this.#end && (stalls || !this.#buffer.includes("\n"))) return;
       const line = this.#gets();
       if (line === undefined) {
         if (!this.#end) return; // blocked until the rest of the line comes
@@ -684,17 +668,9 @@ export class Asterisk {
         });
       case "interrupt":
         if (this.#version < 11) return;
-        return this.#checked(
-          `Queue 'I'nterrupt`,
-          undefined,
-          () => this.#clear(),
-        );
+        return this.#checked(`Queue 'I'nterrupt`, undefined, () => this.#clear());
       case "autoclear":
-        return this.#checked(
-          "Option",
-          undefined,
-          () => this.#autoclear = command.on,
-        );
+        return this.#checked("Option", undefined, () => this.#autoclear = command.on);
       case "answer":
         if (this.#up) return;
         if (this.#has("d") || this.#options.answerable === false) {
@@ -704,11 +680,7 @@ export class Asterisk {
         this.#up = true;
         return this.#note("answers", "");
       case "dtmf":
-        return this.#press(
-          command.digits,
-          command.interval || 250,
-          command.duration ?? 0,
-        );
+        return this.#press(command.digits, command.interval || 250, command.duration ?? 0);
       case "set":
         for (const [name, value] of Object.entries(command.variables)) {
           const key = name.endsWith(")") ? name : name.replace(/^__?/, "");
@@ -721,16 +693,10 @@ export class Asterisk {
         }
         return;
       case "get":
-        return this.#emit({
-          type: "variables",
-          data: this.#get(command.names),
-        });
+        return this.#emit({ type: "variables", data: "=" }, this.#get(command.names));
       case "params": {
         const { application = "ivr://localhost", args = [] } = this.#options;
-        return this.#emit({
-          type: "params",
-          params: [application, ...args].join().split(","),
-        });
+        return this.#emit({ type: "params", params: ["="] }, this.#bytes([application, ...args].join()));
       }
       case "log":
         return this.#logs(`Log message from EIVR: ${command.message}`);
@@ -747,11 +713,7 @@ export class Asterisk {
       case "unknown":
         if (/^D../s.test(text)) {
           const [keys = "", interval, duration] = text.slice(2).split(",");
-          this.#press(
-            keys,
-            Number.parseInt(interval!) || 250,
-            Number.parseInt(duration!) || 0,
-          );
+          this.#press(keys, Number.parseInt(interval!) || 250, Number.parseInt(duration!) || 0);
         } else if (/^O../s.test(text)) {
           this.#checked(
             "Option",
@@ -770,10 +732,7 @@ export class Asterisk {
     }
     if (file !== undefined && this.#lengthOf(file) === undefined) {
       this.#logs(`Unknown file requested '${file}'`);
-      return this.#emit({
-        type: "failed",
-        ...this.#version >= 1.8 && { reason: file },
-      });
+      return this.#emitFile("failed", file);
     }
     act();
   }
@@ -785,10 +744,7 @@ export class Asterisk {
     if (this.#gone) return;
     this.#note("sends", keys);
     const pauses = [...keys].map((key) => key === "w" ? 500 : key === "W" ? 1000 : Math.max(duration, 100) + interval);
-    const timer = this.#clock.setTimeout(
-      () => this.#unblock(),
-      pauses.reduce((sum, ms) => sum + ms, 100),
-    );
+    const timer = this.#clock.setTimeout(() => this.#unblock(), pauses.reduce((sum, ms) => sum + ms, 100));
     this.#busy = { timer, held: [] };
   }
 
@@ -824,7 +780,8 @@ function fromBytes(bytes: Uint8Array): string {
 }
 
 /**
- * Reads the text of the dialplan's `ExternalIVR(…)`: `command[(arg1,arg2,…)][,options]`.
+ * Reads the text of the dialplan's `ExternalIVR(…)`: `command[(arg1,arg2,…)][,options]`. As in Asterisk the whole text loses
+ * its quotes and backslashes before the arguments are split: they do not keep a comma inside of an argument.
  *
  * @throws {SyntaxError} for text that Asterisk would not run.
  *
@@ -845,30 +802,20 @@ export function parseDialplan(text: string): Dialplan {
   const open = command.indexOf("(");
   const close = command.lastIndexOf(")");
   if (open >= 0 && close < open) {
-    throw new SyntaxError(
-      `Cannot read "${text}": the closing parenthesis is missing`,
-    );
+    throw new SyntaxError(`Cannot read "${text}": the closing parenthesis is missing`);
   }
   const application = open < 0 ? command : command.slice(0, open);
   if (!application) {
-    throw new SyntaxError(
-      `Cannot read "${text}": no program and no ivr://host`,
-    );
+    throw new SyntaxError(`Cannot read "${text}": no program and no ivr://host`);
   }
   const unknown = /[^nid]/.exec(options);
   if (unknown) {
-    throw new SyntaxError(
-      `Cannot read "${text}": the options are n, i and d, not "${unknown[0]}"`,
-    );
+    throw new SyntaxError(`Cannot read "${text}": the options are n, i and d, not "${unknown[0]}"`);
   }
-  return {
-    application,
-    args: open < 0 || close === open + 1 ? [] : split(command.slice(open + 1, close)),
-    options,
-  };
+  return { application, args: open < 0 || close === open + 1 ? [] : split(command.slice(open + 1, close)), options };
 }
 
-/** Splits at commas outside of parentheses and quotes, as the dialplan does: a backslash takes the next as it is. */
+/** Splits at commas outside of parentheses, brackets and quotes, as the dialplan does; a backslash takes the next as it is. */
 function split(text: string): string[] {
   const parts = [""];
   let depth = 0;
@@ -878,9 +825,9 @@ function split(text: string): string[] {
     if (char === '"') quoted = !quoted;
     else {
       if (char === "\\") char = text[++i] ?? "";
-      else if (char === "(") depth++;
-      else if (char === ")") depth--;
-      if (char === "," && depth <= 0 && !quoted) parts.push("");
+      else if (char === "(" || char === "[") depth++;
+      else if ((char === ")" || char === "]") && depth) depth--;
+      if (char === "," && !depth && !quoted) parts.push("");
       else parts[parts.length - 1] += char;
     }
   }
@@ -1022,6 +969,7 @@ export class Call {
     this.host.left.then((left) => this.#left = left);
     this.clock.run(async () => {
       try {
+        await undefined; // so that the handler may use the call
         await handler(ivr);
         this.#handler = "done";
       } catch (error) {
@@ -1127,9 +1075,7 @@ export class Call {
     } = this.#options;
     const names = this.notes.filter(({ kind }) => kind === "plays");
     const lengths = typeof sounds === "object" ? sounds : Object.fromEntries(
-      names.map((
-        { text },
-      ) => [text, (typeof sounds === "function" ? sounds(text) : 1) ?? 0]),
+      names.map(({ text }) => [text, (typeof sounds === "function" ? sounds(text) : 1) ?? 0]),
     );
     const ended = this.notes.find(({ kind }) => kind === "ends");
     const set = Object.entries(this.variables).filter(([name, value]) => variables[name] !== value);
@@ -1142,9 +1088,7 @@ export class Call {
       globals,
       caller: this.#caller,
       steps: this.#steps,
-      received: this.notes.filter(({ kind }) => kind === "event").map((
-        { at, text },
-      ) => [at, text]),
+      received: this.notes.filter(({ kind }) => kind === "event").map(({ at, text }) => [at, text]),
       ended: ended ? [ended.at, "end"] : null,
       log: [
         ...this.log,
@@ -1160,11 +1104,7 @@ export class Call {
     await this.over();
   }
 
-  async #until(
-    what: string,
-    test: () => boolean,
-    after: boolean,
-  ): Promise<void> {
+  async #until(what: string, test: () => boolean, after: boolean): Promise<void> {
     const began = this.clock.now();
     for (;;) {
       await this.clock.settle();
@@ -1177,19 +1117,14 @@ export class Call {
         ? "nothing more can happen"
         : undefined;
       if (why) {
-        throw new CallError(
-          `Waited for ${what}, but ${why}\n${this.transcript()}`,
-          { cause: this.#failure },
-        );
+        throw new CallError(`Waited for ${what}, but ${why}\n${this.transcript()}`, { cause: this.#failure });
       }
       this.clock.step();
     }
   }
 
   /** Two pipes as long as a socket's buffers, with what goes wrong in them. */
-  #connect(
-    { chunk = Infinity, resetAfter, endAfter, readDelay }: Faults,
-  ): { ivr: Streams; host: Streams } {
+  #connect({ chunk = Infinity, resetAfter, endAfter, readDelay }: Faults): { ivr: Streams; host: Streams } {
     const room = { highWaterMark: 1000 };
     let fail = (_: Error): void => {};
     let sent = 0;
@@ -1197,17 +1132,10 @@ export class Call {
       {
         transform: (bytes, controller) => {
           while (bytes.length) {
-            const size = Math.max(
-              1,
-              typeof chunk === "function" ? chunk() : chunk,
-            );
+            const size = Math.max(1, typeof chunk === "function" ? chunk() : chunk);
             const piece = bytes.slice(
               0,
-              Math.min(
-                size,
-                (resetAfter ?? Infinity) - sent,
-                (endAfter ?? Infinity) - sent,
-              ),
+              Math.min(size, (resetAfter ?? Infinity) - sent, (endAfter ?? Infinity) - sent),
             );
             bytes = bytes.slice(piece.length);
             if (piece.length) controller.enqueue(piece);
@@ -1278,10 +1206,8 @@ export async function replay(
         for await (const _ of lines(readable, { encoding: "latin1" }));
       } catch { /* the call is over either way */ }
     })();
-    let now = 0;
     for (const [at, text] of steps) {
-      await new Promise((resolve) => setTimeout(resolve, (at - now) * 1000));
-      now = at;
+      await new Promise((resolve) => setTimeout(resolve, (at - call.host.at) * 1000));
       await (text === null ? writer.close() : writer.write(toBytes(text)))
         .catch(() => {});
     }
@@ -1301,9 +1227,5 @@ export async function replay(
   await call.over();
   const now = call.recording();
   if (stopped === undefined) return now;
-  return {
-    ...now,
-    received: now.received.filter(([at]) => at <= stopped!),
-    ended: null,
-  };
+  return { ...now, received: now.received.filter(([at]) => at <= stopped!), ended: null };
 }

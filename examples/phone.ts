@@ -65,13 +65,9 @@ function readArguments(): Arguments {
   }
   const menu = `${fileURLToPath(new URL("./menu.ts", import.meta.url))}(sales)`;
   const text = positionals[0] ??
-    (values.menu ? menu : wrong(
-      "there is nobody to call: name an ivr://host or a /path/program",
-    ));
+    (values.menu ? menu : wrong("there is nobody to call: name an ivr://host or a /path/program"));
   if (positionals.length > 1) {
-    wrong(
-      `one call at a time: "${positionals[1]}" is one too many (are there quotes around the text?)`,
-    );
+    wrong(`one call at a time: "${positionals[1]}" is one too many (are there quotes around the text?)`);
   }
 
   let dialplan: Dialplan;
@@ -99,9 +95,7 @@ function readArguments(): Arguments {
       variables: Object.fromEntries(pairs("set", values.set)),
       globals: Object.fromEntries(pairs("global", values.global)),
     },
-    caller: (values.caller ?? "").split(",").filter((part) => part.trim()).map(
-      readAction,
-    ),
+    caller: (values.caller ?? "").split(",").filter((part) => part.trim()).map(readAction),
   };
 }
 
@@ -135,9 +129,7 @@ function pairs(option: string, values: string[] = []): [string, string][] {
 function readAction(part: string): Recording["caller"][number] {
   const [, at, does] = /^\s*(\d+(?:\.\d+)?)\s+(hangup|[0-9A-Da-d*#]+)\s*$/.exec(part) ?? [];
   if (!at || !does) {
-    wrong(
-      `--caller "${part.trim()}": it has to be seconds, a blank, and keys or hangup`,
-    );
+    wrong(`--caller "${part.trim()}": it has to be seconds, a blank, and keys or hangup`);
   }
   return does === "hangup" ? [Number(at), "hangup"] : [Number(at), "press", does.toUpperCase()];
 }
@@ -182,9 +174,7 @@ const RATES: Record<string, number> = {
 function readTree(folder: string): (file: string) => number | undefined {
   const found = new Map<string, number>();
   try {
-    for (
-      const entry of readdirSync(folder, { recursive: true, encoding: "utf8" })
-    ) {
+    for (const entry of readdirSync(folder, { recursive: true, encoding: "utf8" })) {
       const [, name, suffix] = /^(.*)\.([^.]+)$/.exec(entry) ?? [];
       const seconds = name && suffix && lengthOf(join(folder, entry), suffix);
       if (seconds !== undefined && seconds !== "") {
@@ -194,10 +184,7 @@ function readTree(folder: string): (file: string) => number | undefined {
   } catch (error) {
     wrong(`--sounds "${folder}": ${(error as Error).message}`);
   }
-  return (file) =>
-    found.get(
-      isAbsolute(file) ? relative(folder, file).replaceAll(sep, "/") : file,
-    );
+  return (file) => found.get(isAbsolute(file) ? relative(folder, file).replaceAll(sep, "/") : file);
 }
 
 /** A file's length in seconds; nothing for what is no sound. */
@@ -252,10 +239,7 @@ async function open({ application, args }: Dialplan): Promise<Line> {
     child.once("spawn", resolve);
     child.once(
       "error",
-      (error) =>
-        reject(
-          new Error(`Failed to execute '${application}': ${error.message}`),
-        ),
+      (error) => reject(new Error(`Failed to execute '${application}': ${error.message}`)),
     );
   });
   return {
@@ -274,11 +258,7 @@ async function reach(application: string): Promise<Socket> {
     throw new Error(`Unable to locate host '${host}'`);
   });
   for (const { address } of addresses) {
-    const socket = connect({
-      host: address,
-      port: Number(port),
-      noDelay: true,
-    });
+    const socket = connect({ host: address, port: Number(port), noDelay: true, allowHalfOpen: true });
     const connected = await new Promise<boolean>((resolve) => {
       socket.once("connect", () => resolve(true));
       socket.once("error", () => resolve(false));
@@ -308,9 +288,7 @@ const SAYS: Record<Note["kind"], (text: string) => string> = {
 
 /** Everything that happens, a line each. */
 function printPlainly(note: Note): void {
-  console.log(
-    `${note.at.toFixed(3).padStart(8)}  ${printable(SAYS[note.kind](note.text))}`,
-  );
+  console.log(`${note.at.toFixed(3).padStart(8)}  ${printable(SAYS[note.kind](note.text))}`);
 }
 
 /** The call as it stands, drawn over and over in the same place. */
@@ -403,10 +381,7 @@ async function call(
   }
   const { stdin, stdout } = process;
   const screen = stdout.isTTY
-    ? new Screen(
-      [dialplan.application, ...dialplan.args].join("  "),
-      options.variables ?? {},
-    )
+    ? new Screen([dialplan.application, ...dialplan.args].join("  "), options.variables ?? {})
     : undefined;
   const host = new Asterisk(line, {
     ...options,
@@ -417,10 +392,7 @@ async function call(
   process.on("SIGINT", hangUp).on("SIGTERM", hangUp);
   if (stdin.isTTY) {
     stdin.setRawMode(true);
-    stdin.setEncoding("utf8").on(
-      "data",
-      (typed) => [...String(typed)].forEach((key) => type(host, key)),
-    );
+    stdin.setEncoding("utf8").on("data", (typed) => [...String(typed)].forEach((key) => type(host, key)));
   }
   const drawing = screen && setInterval(() => screen.draw(host), 100);
   const left = await host.left;
