@@ -512,42 +512,58 @@ export async function* lines(
   readable: Source,
   options: LinesOptions = {},
 ): AsyncGenerator<string, void, void> {
-  const cut = cutter(options);
+  const cutter = new Cutter(options);
   const reader = readable.getReader();
   try {
     for (let done = false; !done;) {
       const chunk = await reader.read();
       done = chunk.done;
-      yield* cut(done ? undefined : chunk.value);
+      yield* cutter.cut(done ? undefined : chunk.value);
+      if (cutter.error) throw cutter.error;
     }
   } finally {
     await reader.cancel().catch(ignore);
   }
 }
 
-/** Cuts chunks into lines; called without a chunk, gives what is left. */
-function cutter(
-  { encoding = "utf-8", maxLine = 65536 }: LinesOptions,
-): (chunk?: Uint8Array) => Iterable<string> {
-  const decode = decoder(encoding);
-  let rest = "";
-  return function* (chunk) {
-    const text = decode(chunk);
+/** Cuts chunks into lines. */
+class Cutter {
+  /** Set once a line was too long: what came before it is to be used first. */
+  error?: IvrError;
+  #decode: (chunk?: Uint8Array) => string;
+  #maxLine: number;
+  #rest = "";
+
+  constructor({ encoding = "utf-8", maxLine = 65536 }: LinesOptions) {
+    this.#decode = decoder(encoding);
+    this.#maxLine = maxLine;
+  }
+
+  /** The lines that a chunk completes; at the end of the stream, without a chunk, the last. */
+  cut(chunk?: Uint8Array): string[] {
+    const text = this.#decode(chunk);
+    const lines: string[] = [];
     let from = 0;
     for (let to; (to = text.indexOf("\n", from)) >= 0; from = to + 1) {
-      const line = rest + text.slice(from, to);
-      rest = "";
-      yield bounded(line.endsWith("\r") ? line.slice(0, -1) : line);
+      let line = text.slice(from, to);
+      if (this.#rest) line = this.#rest + line;
+      this.#rest = "";
+      if (line.endsWith("\r")) line = line.slice(0, -1);
+      if (this.#tooLong(line)) return lines;
+      lines.push(line);
     }
-    rest = bounded(rest + text.slice(from));
-    if (!chunk && rest) yield rest;
-  };
+    this.#rest += text.slice(from);
+    if (!this.#tooLong(this.#rest) && !chunk && this.#rest) lines.push(this.#rest);
+    return lines;
+  }
 
-  function bounded(line: string): string {
-    if (line.length > maxLine) {
-      throw new IvrError("too-long", `Cannot read "${line.slice(0, 80)}…": more than ${maxLine} characters in a line`);
-    }
-    return line;
+  #tooLong(line: string): boolean {
+    if (line.length <= this.#maxLine) return false;
+    this.error = new IvrError(
+      "too-long",
+      `Cannot read "${line.slice(0, 80)}…": more than ${this.#maxLine} characters in a line`,
+    );
+    return true;
   }
 }
 
@@ -648,48 +664,18 @@ interface Asked {
   reject(error: IvrError): void;
 }
 
+/** A call of an iterator's `next` that waits. */
+interface Waiter {
+  iterator: unknown;
+  resolve(result: IteratorResult<IvrEvent, undefined>): void;
+  reject(error: unknown): void;
+}
+
 /** A file in the playlist, or on its way there. */
 interface Prompt {
   file: string;
   number: number;
   settle(outcome: Outcome): void;
-}
-
-/** First in, first out, at the same cost whatever its length. */
-class Fifo<T> {
-  pushed = 0;
-  taken = 0;
-  #head?: Link<T>;
-  #tail?: Link<T>;
-
-  get size(): number {
-    return this.pushed - this.taken;
-  }
-
-  get first(): T | undefined {
-    return this.#head?.value;
-  }
-
-  push(value: T): void {
-    const link = { value };
-    if (this.#head) this.#tail!.next = link;
-    else this.#head = link;
-    this.#tail = link;
-    this.pushed++;
-  }
-
-  take(): T | undefined {
-    const link = this.#head;
-    if (!link) return undefined;
-    this.#head = link.next;
-    this.taken++;
-    return link.value;
-  }
-}
-
-interface Link<T> {
-  value: T;
-  next?: Link<T>;
 }
 
 /** How long Asterisk's last words, or ours, may take: milliseconds. */
@@ -747,10 +733,10 @@ export class Session {
   #encoding: Encoding;
   #maxQueue: number;
 
-  // Reading: what waits for the iterator, keys apart since a gather takes them out of turn
-  #events = new Fifo<IvrEvent>();
-  #keys = new Fifo<{ key: IvrEvent & { type: "dtmf" }; turn: number }>();
-  #waiters: (() => boolean)[] = [];
+  // Reading: the events that wait for the iterator or a gather, or the iterators that wait for an event
+  #queue: IvrEvent[] = [];
+  #head = 0;
+  #waiters: Waiter[] = [];
   #drained?: () => void;
   #gathering?: () => void;
 
@@ -789,7 +775,7 @@ export class Session {
     this.#maxQueue = options.maxQueue ?? 10_000;
     this.#reader = streams.readable.getReader();
     this.#writer = streams.writable.getWriter();
-    this.#read(cutter(options));
+    this.#read(new Cutter(options));
   }
 
   /**
@@ -938,55 +924,42 @@ export class Session {
    */
   [Symbol.asyncIterator](): AsyncIterableIterator<IvrEvent, undefined> {
     let left = false;
-    const next = (): Promise<IteratorResult<IvrEvent, undefined>> => {
-      const value = this.#take();
-      if (value) return Promise.resolve({ value, done: false });
-      return new Promise((resolve, reject) => {
-        this.#waiters.push(() => {
-          const value = left ? undefined : this.#take();
-          if (!value && !left && !this.#ending) return true;
-          if (value) resolve({ value, done: false });
-          else if (!left && this.#ending!.by === "error") {
-            reject(this.#ending!.error);
-          } else resolve({ value, done: true });
-          return false;
+    const iterator: AsyncIterableIterator<IvrEvent, undefined> = {
+      next: () => {
+        const value = left ? undefined : this.#next();
+        if (value) return Promise.resolve({ value, done: false });
+        return new Promise((resolve, reject) => {
+          this.#waiters.push({ iterator, resolve, reject });
+          if (this.#ending) this.#dismiss();
+          if (left) this.#dismiss(iterator);
         });
-        this.#deliver();
-      });
-    };
-    return {
-      next,
+      },
       return: () => {
         left = true;
-        this.#deliver();
+        this.#dismiss(iterator);
         return Promise.resolve({ value: undefined, done: true });
       },
-      [Symbol.asyncIterator]() {
-        return this;
-      },
+      [Symbol.asyncIterator]: () => iterator,
     };
+    return iterator;
   }
 
-  async #read(cut: (chunk?: Uint8Array) => Iterable<string>): Promise<void> {
+  async #read(cutter: Cutter): Promise<void> {
     try {
       for (let done = false; !done;) {
         const chunk = await this.#reader.read();
         done = chunk.done;
-        for (const line of cut(done ? undefined : chunk.value)) {
+        for (const line of cutter.cut(done ? undefined : chunk.value)) {
           if (this.#ending) return;
           this.#receive(parseEvent(line));
           if (this.#waiting > this.#maxQueue) await this.#room();
         }
+        if (cutter.error) throw cutter.error;
       }
       this.#finish();
     } catch (error) {
       this.#finish(error);
     }
-  }
-
-  /** How many events wait. */
-  get #waiting(): number {
-    return this.#events.size + this.#keys.size;
   }
 
   /** Waits for the events to be taken, but no longer than a turn of the event loop. */
@@ -1004,14 +977,14 @@ export class Session {
   #receive(event: IvrEvent): void {
     switch (event.type) {
       case "dtmf":
-        this.#keys.push({ key: event, turn: this.#events.pushed });
-        this.#gathering?.();
-        return this.#deliver();
+        if (!this.#gathering) break;
+        this.#queue.push(event);
+        return this.#gathering();
       case "params":
         if (this.#answered("", event.params)) return;
         break;
       case "variables":
-        if (this.#answered(event.data.split("=", 1)[0]!, event.data)) return;
+        if (this.#answered(event.data.slice(0, event.data.indexOf("=")), event.data)) return;
         break;
       case "finished":
       case "interrupted":
@@ -1031,7 +1004,8 @@ export class Session {
       case "exit":
         this.#said = "exit";
     }
-    this.#events.push(event);
+    if (this.#waiters.length && !this.#waiting) return this.#waiters.shift()!.resolve({ value: event, done: false });
+    this.#queue.push(event);
     this.#deliver();
   }
 
@@ -1050,6 +1024,7 @@ export class Session {
 
   /** A file left the playlist. What should have left before it, and did not say so, was skipped. */
   #moved(outcome: Outcome, file?: string): void {
+    if (!this.#prompts.length) return;
     const at = file === undefined ? 0 : this.#prompts.findIndex((prompt) => prompt.file === file);
     for (let i = 0; i < at; i++) this.#prompts.shift()!.settle("skipped");
     if (at >= 0) this.#prompts.shift()?.settle(outcome);
@@ -1065,18 +1040,48 @@ export class Session {
     asked.prompt?.settle(reason === undefined ? "refused" : "missing");
   }
 
-  /** The oldest event that the iterator may have: not a key while a gather is under way. */
-  #take(): IvrEvent | undefined {
-    const key = this.#gathering ? undefined : this.#keys.first;
-    const event = key && key.turn <= this.#events.taken ? this.#keys.take()!.key : this.#events.take();
-    if (!this.#waiting) this.#drained?.();
+  /** How many events wait. */
+  get #waiting(): number {
+    return this.#queue.length - this.#head;
+  }
+
+  /** Takes the oldest event that waits, or the oldest that is a key or is none. */
+  #take(isKey?: boolean): IvrEvent | undefined {
+    const queue = this.#queue;
+    let at = this.#head;
+    if (isKey !== undefined) { while (at < queue.length && (queue[at]!.type === "dtmf") !== isKey) at++; }
+    if (at === queue.length) return undefined;
+    const event = queue[at];
+    if (at > this.#head) queue.splice(at, 1);
+    else if (++this.#head * 2 > queue.length) {
+      this.#queue = queue.slice(this.#head);
+      this.#head = 0;
+      if (!this.#queue.length) this.#drained?.();
+    }
     return event;
   }
 
-  /** Lets each wait of an iterator try again, the oldest first. */
+  #takeKey(): Digit | undefined {
+    return (this.#take(true) as IvrEvent & { type: "dtmf" } | undefined)?.digit;
+  }
+
+  /** The oldest event that the iterator may have: not a key while a gather is under way. */
+  #next(): IvrEvent | undefined {
+    return this.#gathering ? this.#take(false) : this.#take();
+  }
+
   #deliver(): void {
-    if (this.#waiters.length) {
-      this.#waiters = this.#waiters.filter((waits) => waits());
+    for (let value; this.#waiters.length && (value = this.#next());) {
+      this.#waiters.shift()!.resolve({ value, done: false });
+    }
+  }
+
+  /** Ends the waits of one iterator, or of all when the call is over. */
+  #dismiss(iterator?: unknown): void {
+    for (const waiter of this.#waiters.splice(0)) {
+      if (iterator && waiter.iterator !== iterator) this.#waiters.push(waiter);
+      else if (!iterator && this.#ending?.by === "error") waiter.reject(this.#ending.error);
+      else waiter.resolve({ value: undefined, done: true });
     }
   }
 
@@ -1120,7 +1125,7 @@ export class Session {
       };
       const collect = () => {
         while (bargeIn || !playing || this.signal.aborted) {
-          const key = this.#keys.take()?.key.digit;
+          const key = this.#takeKey();
           if (!key) return this.signal.aborted ? end("hangup") : undefined;
           if (playing && !this.signal.aborted) this.interrupt();
           playing = false;
@@ -1137,16 +1142,15 @@ export class Session {
         collect();
       };
 
-      if (options.flush) { while (this.#keys.take()); }
+      if (options.flush) { while (this.#takeKey()); }
       this.#gathering = collect;
       if (signal?.aborted) return abort();
       signal?.addEventListener("abort", abort);
-      playing = files.length > 0 && !this.signal.aborted &&
-        !(bargeIn && this.#keys.first);
-      if (playing) {
-        Promise.all(files.map((file) => this.queue(file))).then(listen);
-      } else wait(timeout);
-      collect();
+      if (bargeIn || !files.length || this.signal.aborted) collect();
+      if (digits || this.#gathering !== collect) return; // typed ahead
+      playing = files.length > 0;
+      if (playing) Promise.all(files.map((file) => this.queue(file))).then(listen);
+      else wait(timeout);
     });
   }
 
@@ -1242,7 +1246,7 @@ export class Session {
     for (const asked of this.#asked.splice(0)) asked.reject(ended);
     this.#hungUp();
     this.#end(this.#ending);
-    this.#deliver();
+    this.#dismiss();
     this.#drained?.();
     this.#released = this.#release();
   }
