@@ -530,12 +530,13 @@ export async function* lines(
 class Cutter {
   /** Set once a line was too long: what came before it is to be used first. */
   error?: IvrError;
-  #decode: (chunk?: Uint8Array) => string;
+  #encoding: Encoding;
   #maxLine: number;
+  #utf8?: TextDecoder; // made with the first bytes: a quiet call costs none
   #rest = "";
 
   constructor({ encoding = "utf-8", maxLine = 65536 }: LinesOptions) {
-    this.#decode = decoder(encoding);
+    this.#encoding = encoding;
     this.#maxLine = maxLine;
   }
 
@@ -557,6 +558,15 @@ class Cutter {
     return lines;
   }
 
+  #decode(chunk?: Uint8Array): string {
+    if (this.#encoding === "latin1") {
+      // The decoder of this name is Windows-1252 everywhere: the bytes 0x80 to 0x9F would not come back
+      return Array.from(chunk ?? [], (byte) => String.fromCharCode(byte)).join("");
+    }
+    this.#utf8 ??= new TextDecoder("utf-8", { ignoreBOM: true });
+    return this.#utf8.decode(chunk, { stream: !!chunk });
+  }
+
   #tooLong(line: string): boolean {
     if (line.length <= this.#maxLine) return false;
     this.error = new IvrError(
@@ -565,18 +575,6 @@ class Cutter {
     );
     return true;
   }
-}
-
-/** The decoder named "latin1" is Windows-1252 everywhere: bytes 0x80 to 0x9F would not come back. */
-function decoder(encoding: Encoding): (chunk?: Uint8Array) => string {
-  if (encoding === "latin1") {
-    return (chunk = new Uint8Array()) => Array.from(chunk, (byte) => String.fromCharCode(byte)).join("");
-  }
-  let utf8: TextDecoder | undefined; // made with the first bytes: a quiet call costs none
-  return (chunk) =>
-    (utf8 ??= new TextDecoder("utf-8", { ignoreBOM: true })).decode(chunk, {
-      stream: !!chunk,
-    });
 }
 
 function encode(text: string, encoding: Encoding): Uint8Array {
@@ -683,6 +681,8 @@ const GRACE = 1000;
 
 const ignore = (): void => {};
 
+const gone = (): IvrError => new IvrError("aborted", "The caller is gone");
+
 /** A timer that keeps no process alive. */
 function later(run: () => void, ms: number): ReturnType<typeof setTimeout> {
   const timer = setTimeout(run, ms);
@@ -751,16 +751,14 @@ export class Session {
   #leaving?: "hangup" | "exit";
   #said?: Ending["by"];
   #broken?: unknown;
-  #hangup = new AbortController();
+  #gone = false;
   #ending?: Ending;
-  #end!: (ending: Ending) => void;
   #released?: Promise<void>;
 
-  /** Aborted when the caller is gone: on `H`, on `I,…,HANGUP`, at the end of the stream. Hand it to `fetch`. */
-  readonly signal: AbortSignal = this.#hangup.signal;
-
-  /** How the call ended, once it has. Never rejects. */
-  readonly closed: Promise<Ending> = new Promise((resolve) => this.#end = resolve);
+  // Made when they are asked for: a quiet call costs little more than its streams
+  #abort?: AbortController;
+  #closed?: Promise<Ending>;
+  #end?: (ending: Ending) => void;
 
   /**
    * Takes both streams and starts to read.
@@ -776,6 +774,21 @@ export class Session {
     this.#reader = streams.readable.getReader();
     this.#writer = streams.writable.getWriter();
     this.#read(new Cutter(options));
+  }
+
+  /** Aborted when the caller is gone: on `H`, on `I,…,HANGUP`, at the end of the stream. Hand it to `fetch`. */
+  get signal(): AbortSignal {
+    this.#abort ??= new AbortController();
+    if (this.#gone) this.#abort.abort(gone());
+    return this.#abort.signal;
+  }
+
+  /** How the call ended, once it has. Never rejects. */
+  get closed(): Promise<Ending> {
+    return this.#closed ??= new Promise((resolve) => {
+      this.#end = resolve;
+      if (this.#ending) resolve(this.#ending);
+    });
   }
 
   /**
@@ -1114,7 +1127,7 @@ export class Session {
         clearTimeout(timer);
         signal?.removeEventListener("abort", abort);
         this.#gathering = undefined;
-        if (playing && !this.signal.aborted) this.interrupt();
+        if (playing && !this.#gone) this.interrupt();
         resolve(terminator ? { digits, reason, terminator } : { digits, reason });
         this.#deliver(); // the keys that are left
       };
@@ -1124,10 +1137,10 @@ export class Session {
         timer = ms === Infinity ? undefined : later(() => end("timeout"), ms);
       };
       const collect = () => {
-        while (bargeIn || !playing || this.signal.aborted) {
+        while (bargeIn || !playing || this.#gone) {
           const key = this.#takeKey();
-          if (!key) return this.signal.aborted ? end("hangup") : undefined;
-          if (playing && !this.signal.aborted) this.interrupt();
+          if (!key) return this.#gone ? end("hangup") : undefined;
+          if (playing && !this.#gone) this.interrupt();
           playing = false;
           if (terminators.includes(key)) return end("terminator", key);
           digits += key;
@@ -1146,7 +1159,7 @@ export class Session {
       this.#gathering = collect;
       if (signal?.aborted) return abort();
       signal?.addEventListener("abort", abort);
-      if (bargeIn || !files.length || this.signal.aborted) collect();
+      if (bargeIn || !files.length || this.#gone) collect();
       if (digits || this.#gathering !== collect) return; // typed ahead
       playing = files.length > 0;
       if (playing) Promise.all(files.map((file) => this.queue(file))).then(listen);
@@ -1230,7 +1243,8 @@ export class Session {
   /** The caller is gone, and nothing plays any more, even if the call is still ours. */
   #hungUp(): void {
     for (const prompt of this.#prompts.splice(0)) prompt.settle("ended");
-    this.#hangup.abort(new IvrError("aborted", "The caller is gone"));
+    this.#gone = true;
+    this.#abort?.abort(gone());
     this.#gathering?.();
   }
 
@@ -1245,7 +1259,7 @@ export class Session {
     const ended = new IvrError("ended", "The call has ended", { cause: error });
     for (const asked of this.#asked.splice(0)) asked.reject(ended);
     this.#hungUp();
-    this.#end(this.#ending);
+    this.#end?.(this.#ending);
     this.#dismiss();
     this.#drained?.();
     this.#released = this.#release();

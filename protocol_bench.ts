@@ -150,10 +150,10 @@ function bare(readable: ReadableStream<Uint8Array>): AsyncIterableIterator<IvrEv
   };
 }
 
-async function viaBare(chunks: Uint8Array[]): Promise<void> {
+async function viaBare(chunks: Uint8Array[], expected = EVENTS): Promise<void> {
   let seen = 0;
   for await (const _ of bare(stream(chunks))) seen++;
-  check(seen);
+  check(seen, expected);
 }
 
 async function viaCallback(chunks: Uint8Array[]): Promise<void> {
@@ -211,11 +211,13 @@ async function throughput(): Promise<void> {
   }
   const each = LINES.map((line) => new TextEncoder().encode(line + "\n"));
   const chunks = Array.from({ length: 50_000 }, (_, i) => each[i % each.length]!);
-  const { session, floor } = await rounds(9, {
+  const { session, hand, floor } = await rounds(9, {
     session: () => viaSession(chunks, chunks.length),
+    hand: () => viaBare(chunks, chunks.length),
     floor: () => viaFloor(chunks, chunks.length),
   });
   report("one line a chunk, times the floor (read, decode, indexOf)", ratio(session, floor), "x", [1.8, 2, 1.8]);
+  report("one line a chunk, the bare iterator times the floor", ratio(hand, floor), "x");
 }
 
 // ---------------------------------------------------------------------------------------------------------
