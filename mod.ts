@@ -28,23 +28,7 @@
 // ---------------------------------------------------------------------------------------------------------
 
 /** A key of the telephone. */
-export type Digit =
-  | "0"
-  | "1"
-  | "2"
-  | "3"
-  | "4"
-  | "5"
-  | "6"
-  | "7"
-  | "8"
-  | "9"
-  | "A"
-  | "B"
-  | "C"
-  | "D"
-  | "*"
-  | "#";
+export type Digit = "0" | "1" | "2" | "3" | "4" | "5" | "6" | "7" | "8" | "9" | "A" | "B" | "C" | "D" | "*" | "#";
 
 /**
  * What Asterisk tells. `timestamp` is in Unix seconds, as Asterisk counts them: in 32 bits, negative from 2038.
@@ -74,14 +58,7 @@ export type IvrEvent =
   | { type: "unknown"; line: string };
 
 /** What went wrong, for programs: see {@linkcode IvrError}. */
-export type IvrErrorCode =
-  | "refused"
-  | "ended"
-  | "invalid"
-  | "too-long"
-  | "overflow"
-  | "truncated"
-  | "aborted";
+export type IvrErrorCode = "refused" | "ended" | "invalid" | "too-long" | "overflow" | "truncated" | "aborted";
 
 /**
  * The one error of this module. `code` tells what went wrong:
@@ -111,6 +88,19 @@ export class IvrError extends Error {
 
 const DIGITS = "0123456789*#ABCD";
 
+/** The tag of each event, and the field that holds its data. */
+const EVENTS = {
+  finished: ["F", "file"],
+  interrupted: ["T", "file"],
+  dropped: ["D", "file"],
+  failed: ["Z", "reason"],
+  params: ["P", "params"],
+  variables: ["G", "data"],
+  inform: ["I", "message"],
+  hangup: ["H", ""],
+  exit: ["E", ""],
+} as const;
+
 /**
  * Reads one line from Asterisk, with or without its `\n` or `\r\n`. Never throws: what it does not understand is
  * `unknown`.
@@ -137,8 +127,8 @@ export function parseEvent(line: string): IvrEvent {
   for (let digit; (digit = line.charCodeAt(at) - 48) >= 0 && digit <= 9; at++) {
     timestamp = timestamp * 10 + digit;
   }
-  if (at > start && line[1] === ",") {
-    if (negative) timestamp = -timestamp;
+  if (at > start && line[1] === "," && Number.isSafeInteger(timestamp)) {
+    if (negative) timestamp = 0 - timestamp;
     const tag = line[0]!;
     if (at === line.length) {
       if (DIGITS.includes(tag)) {
@@ -177,19 +167,6 @@ export function parseEvent(line: string): IvrEvent {
   return { type: "unknown", line };
 }
 
-/** The tag of each event, and where its data is. */
-const TAGS = {
-  finished: ["F", "file"],
-  interrupted: ["T", "file"],
-  dropped: ["D", "file"],
-  failed: ["Z", "reason"],
-  params: ["P", "params"],
-  variables: ["G", "data"],
-  inform: ["I", "message"],
-  hangup: ["H", ""],
-  exit: ["E", ""],
-} as const;
-
 /**
  * Writes an event as Asterisk does, with its newline: the other direction of {@linkcode parseEvent}, for hosts and
  * tests.
@@ -206,26 +183,20 @@ const TAGS = {
  * ```
  */
 export function formatEvent(event: IvrEvent): string {
-  if (event.type === "unknown") {
-    return checked("line", event, event.line, parseEvent);
-  }
-  const { type, timestamp } = event;
-  const [tag, field] = type === "dtmf" ? [event.digit, "digit"] : TAGS[type];
-  if (!Number.isSafeInteger(timestamp)) {
-    refuse("timestamp", timestamp, "it has to be an integer");
-  }
-  const data = type === "dtmf" ? undefined : (event as Fields)[field];
-  return checked(
-    field,
-    event,
-    [tag, String(timestamp).padStart(10), ...data === undefined ? [] : [data]]
-      .join(),
-    parseEvent,
-  );
+  if (event.type === "unknown") return checked("line", event, event.line, parseEvent);
+  if (!Number.isSafeInteger(event.timestamp)) refuse("timestamp", event.timestamp, "it has to be an integer");
+  const time = String(event.timestamp).padStart(10);
+  if (event.type === "dtmf") return checked("digit", event, `${event.digit},${time}`, parseEvent);
+  const [tag, field] = EVENTS[event.type];
+  const data = (event as Fields)[field];
+  return checked(field, event, `${tag},${time}${data === undefined ? "" : `,${data}`}`, parseEvent);
 }
 
 /** An event or command by the names of its fields. */
 type Fields = Record<string, unknown>;
+
+/** What no bytes can carry: half a character, or in Latin-1 one that it lacks. */
+const UNFIT = { "utf-8": /\p{Surrogate}/gu, latin1: /[^\0-\xff]/gu };
 
 /** Lets out only what will be read as it was meant. */
 function checked(
@@ -233,11 +204,12 @@ function checked(
   meant: Fields,
   line: string,
   parse: (line: string) => Fields,
+  encoding: Encoding = "utf-8",
 ): string {
   const read = parse(line);
   const value = JSON.stringify(meant[field]);
-  if (/[\0\r\n\p{Surrogate}]/u.test(line)) {
-    refuse(field, value, "no CR, LF, NUL or half a character can pass");
+  if (/[\0\r\n]/.test(line) || line.search(UNFIT[encoding]) >= 0) {
+    refuse(field, value, `it holds CR, LF, NUL or what ${encoding} lacks`);
   }
   if (meant.type !== read.type || value !== JSON.stringify(read[field])) {
     refuse(field, value, `it would be read as ${JSON.stringify(read[field] ?? read.type)}`);
@@ -245,8 +217,8 @@ function checked(
   return line + "\n";
 }
 
-function refuse(field: string, value: unknown, rule: string): never {
-  throw new IvrError("invalid", `Cannot send ${field} ${String(value).slice(0, 80)}: ${rule}`);
+function refuse(field: string, value: unknown, rule: string, code: IvrErrorCode = "invalid"): never {
+  throw new IvrError(code, `Cannot use ${field} ${String(value).slice(0, 80)}: ${rule}`);
 }
 
 function chomp(line: string): string {
@@ -291,8 +263,8 @@ export type Encoding = "utf-8" | "latin1";
 /** Asterisk cuts a longer line and runs the rest of it as the next command. */
 const MAX_COMMAND_BYTES = 1022;
 
-/** The letter of each command, and where its payload is. */
-const LETTERS = {
+/** The letter of each command, and the field that holds its payload. */
+const COMMANDS = {
   play: ["S", "file"],
   queue: ["A", "file"],
   interrupt: ["I", ""],
@@ -382,47 +354,32 @@ export function parseCommand(line: string): IvrCommand {
  * assert.throws(() => formatCommand({ type: "set", variables: { LIST: "a,b" } }), IvrError);
  * ```
  */
-export function formatCommand(
-  command: IvrCommand,
-  encoding: Encoding = "utf-8",
-): string {
+export function formatCommand(command: IvrCommand, encoding: Encoding = "utf-8"): string {
   const { type } = command;
-  const [letter, field] = type === "unknown" ? ["", "line"] : LETTERS[type];
-  let meant: Fields = command;
-  let payload = meant[field] ?? type;
-  switch (type) {
-    case "dtmf":
-      for (const time of ["interval", "duration"] as const) {
-        const ms = command[time] ?? 0;
-        if (!(Number.isSafeInteger(ms) && ms >= 0)) {
-          refuse(time, ms, "it has to be whole milliseconds");
-        }
+  if (type === "hangup" || type === "exit") command = { ...command, message: command.message ?? type };
+  const [letter, field] = type === "unknown" ? ["", "line"] : COMMANDS[type];
+  let payload = (command as Fields)[field] ?? type;
+  switch (command.type) {
+    case "dtmf": {
+      const { digits, interval, duration } = command;
+      for (const [time, ms = 0] of Object.entries({ interval, duration })) {
+        if (!(Number.isSafeInteger(ms) && ms >= 0)) refuse(time, ms, "it has to be whole milliseconds");
       }
-      payload = [command.digits, command.interval, command.duration].join()
-        .replace(/,+$/, "");
+      payload = [digits, interval, duration].join().replace(/,+$/, "");
       break;
+    }
     case "autoclear":
       payload = command.on ? "autoclear" : "noautoclear";
       break;
     case "set":
-      payload = Object.entries(command.variables).map((pair) => pair.join("="))
-        .join();
+      payload = Object.entries(command.variables).map((pair) => pair.join("=")).join();
       break;
     case "get":
-      if (command.names.some((name) => /=/.test(name))) refuse(field, payload, "no name holds an equals sign");
-      break;
-    case "hangup":
-    case "exit":
-      meant = { ...command, message: payload };
+      if (/=|^,|,,|,$/.test(String(payload))) refuse(field, payload, "a name is empty or holds an equals sign");
   }
-  const line = checked(field, meant, (letter && letter + ",") + payload, parseCommand);
+  const line = checked(field, command, letter + (letter && ",") + payload, parseCommand, encoding);
   const bytes = encode(line, encoding).length - 1;
-  if (encoding === "latin1" && /[^\0-\xff]/.test(line)) {
-    refuse(field, payload, "it does not fit into Latin-1");
-  }
-  if (bytes > MAX_COMMAND_BYTES) {
-    throw new IvrError("too-long", `Cannot send ${field}: ${bytes} bytes exceed ${MAX_COMMAND_BYTES}`);
-  }
+  if (bytes > MAX_COMMAND_BYTES) refuse(field, payload, `${bytes} bytes exceed ${MAX_COMMAND_BYTES}`, "too-long");
   return line;
 }
 
@@ -438,19 +395,14 @@ export function formatCommand(
  * assert.deepEqual(parseVariables("A=1,2=3,B=", ["A", "B"]), { A: "1,2=3", B: "" });
  * ```
  */
-export function parseVariables(
-  data: string,
-  names: string[],
-): Record<string, string> {
+export function parseVariables(data: string, names: string[]): Record<string, string> {
   const values: [string, string][] = [];
-  let at = 0;
   for (const [i, name] of names.entries()) {
-    if (!data.startsWith(name + "=", at)) break;
-    at += name.length + 1;
-    const next = i + 1 < names.length ? data.indexOf(`,${names[i + 1]}=`, at) : -1;
-    values.push([name, next < 0 ? data.slice(at) : data.slice(at, next)]);
-    if (next < 0) break;
-    at = next + 1;
+    if (!data.startsWith(name + "=")) break;
+    data = data.slice(name.length + 1);
+    const next = i + 1 < names.length ? data.indexOf(`,${names[i + 1]}=`) : -1;
+    values.push([name, next < 0 ? data : data.slice(0, next)]);
+    data = next < 0 ? "" : data.slice(next + 1);
   }
   return Object.fromEntries(values); // which takes "__proto__" as a name like any other
 }
@@ -515,11 +467,11 @@ export async function* lines(
   const cutter = new Cutter(options);
   const reader = readable.getReader();
   try {
-    for (let done = false; !done;) {
-      const chunk = await reader.read();
-      done = chunk.done;
-      yield* cutter.cut(done ? undefined : chunk.value);
+    for (;;) {
+      const { done, value } = await reader.read();
+      yield* cutter.cut(done ? undefined : value);
       if (cutter.error) throw cutter.error;
+      if (done) return;
     }
   } finally {
     await reader.cancel().catch(ignore);
@@ -601,14 +553,7 @@ export interface SessionOptions extends LinesOptions {
  *   moved on tells.
  * - `ended`: the call ended first, or, with the dialplan's option `i`, the caller hung up.
  */
-export type Outcome =
-  | "finished"
-  | "interrupted"
-  | "dropped"
-  | "missing"
-  | "refused"
-  | "skipped"
-  | "ended";
+export type Outcome = "finished" | "interrupted" | "dropped" | "missing" | "refused" | "skipped" | "ended";
 
 /** How a call ended: who ended it, and for `error` with what. `disconnect` is the end of the stream without a word. */
 export interface Ending {
@@ -648,18 +593,22 @@ export interface Gathered {
   terminator?: Digit;
 }
 
-/** A command under way. */
+/** A command that awaits its answer, a file that awaits its end, or first the one and then the other. */
 interface Asked {
+  /** Counts the commands. */
+  number: number;
   /** The variable whose `G` answers; none for `P`. */
   name: string;
   /** Whether the answer is the user's, who sent the question bare. */
   bare?: boolean;
-  /** Its prompt, for `S` and `A`. */
-  prompt?: Prompt;
-  /** Once answered it has cleared the playlist: every prompt below this number is gone. */
-  clears?: number;
+  /** What `S` or `A` plays. */
+  file?: string;
+  /** Whether it clears the playlist: once it is answered, every file before it is gone. */
+  clears?: boolean;
   resolve(answer: unknown): void;
   reject(error: IvrError): void;
+  /** Tells what became of the file. */
+  settle(outcome: Outcome): void;
 }
 
 /** A call of an iterator's `next` that waits. */
@@ -669,13 +618,6 @@ interface Waiter {
   reject(error: unknown): void;
 }
 
-/** A file in the playlist, or on its way there. */
-interface Prompt {
-  file: string;
-  number: number;
-  settle(outcome: Outcome): void;
-}
-
 /** How long Asterisk's last words, or ours, may take: milliseconds. */
 const GRACE = 1000;
 
@@ -683,16 +625,18 @@ const ignore = (): void => {};
 
 const gone = (): IvrError => new IvrError("aborted", "The caller is gone");
 
+type Timer = ReturnType<typeof setTimeout>;
+
 /** A timer that keeps no process alive. */
-function later(run: () => void, ms: number): ReturnType<typeof setTimeout> {
+function later(run: () => void, ms: number): Timer {
   const timer = setTimeout(run, ms);
   (timer as { unref?(): void }).unref?.();
   return timer;
 }
 
-/** Runs at once, turns what it throws into a rejection, and keeps that from being an unhandled one. */
+/** Runs, and keeps a rejection that nobody looks at from being an unhandled one. */
 function quiet<T>(run: () => Promise<T>): Promise<T> {
-  const promise = new Promise<T>((resolve) => resolve(run()));
+  const promise = run();
   promise.catch(ignore);
   return promise;
 }
@@ -733,21 +677,21 @@ export class Session {
   #encoding: Encoding;
   #maxQueue: number;
 
-  // Reading: the events that wait for the iterator or a gather, or the iterators that wait for an event
+  // Reading: the events that wait for the iterator or a gather, from the head on, or the iterators that wait for an event
   #queue: IvrEvent[] = [];
   #head = 0;
   #waiters: Waiter[] = [];
   #drained?: () => void;
-  #gathering?: () => void;
+  #collect?: () => void; // the gather under way
 
-  // Writing: what waits to go out, what waits for an answer, and the timer of the wake-ups
+  // Writing: what waits to go out, what waits for an answer, what waits in the playlist, and the timer of the wake-ups
   #out = "";
   #asked: Asked[] = [];
-  #prompts: Prompt[] = [];
+  #prompts: Asked[] = [];
   #count = 0;
-  #timer?: ReturnType<typeof setTimeout>;
+  #timer?: Timer;
 
-  // Ending: what was asked, said and seen of it
+  // Ending: what we asked for, what Asterisk said, what failed, and what came of it
   #leaving?: "hangup" | "exit";
   #said?: Ending["by"];
   #broken?: unknown;
@@ -765,10 +709,7 @@ export class Session {
    *
    * @throws {TypeError} when one of the streams is locked already.
    */
-  constructor(
-    streams: { readable: Source; writable: Sink },
-    options: SessionOptions = {},
-  ) {
+  constructor(streams: { readable: Source; writable: Sink }, options: SessionOptions = {}) {
     this.#encoding = options.encoding ?? "utf-8";
     this.#maxQueue = options.maxQueue ?? 10_000;
     this.#reader = streams.readable.getReader();
@@ -830,10 +771,7 @@ export class Session {
   }
 
   /** Presses keys toward the caller. Asterisk does nothing else meanwhile. */
-  sendDtmf(
-    digits: string,
-    options: { interval?: number; duration?: number } = {},
-  ): Promise<void> {
+  sendDtmf(digits: string, options: { interval?: number; duration?: number } = {}): Promise<void> {
     return this.send({ type: "dtmf", digits, ...options });
   }
 
@@ -843,18 +781,14 @@ export class Session {
       const pieces: string[] = [];
       const room = new Uint8Array(MAX_COMMAND_BYTES - "L,".length);
       for (const line of text.split(/[\n\r]/)) {
-        const strange = this.#encoding === "latin1" ? /[^\0-\xff]/gu : /\p{Surrogate}/gu;
-        let rest = line.replace(/\p{Cc}/gu, " ").replace(strange, "?")
-          .trimEnd();
+        let rest = line.replace(/\p{Cc}/gu, " ").replace(UNFIT[this.#encoding], "?");
         while (rest) {
           const { read } = new TextEncoder().encodeInto(rest, room);
           pieces.push(rest.slice(0, read).trimEnd());
           rest = rest.slice(read);
         }
       }
-      await Promise.all(
-        pieces.filter(Boolean).map((message) => this.#send({ type: "log", message })),
-      );
+      await Promise.all(pieces.filter(Boolean).map((message) => this.#send({ type: "log", message })));
     });
   }
 
@@ -867,10 +801,9 @@ export class Session {
    */
   get(...names: string[]): Promise<Record<string, string>> {
     return quiet(async () => {
-      const questions = names.map((name) => formatCommand({ type: "get", names: [name] }, this.#encoding));
-      const answers = await Promise.all(
-        names.map((name, i) => this.#ask<string>(questions[i]!, { name })),
-      );
+      const questions = names.map((name): IvrCommand => ({ type: "get", names: [name] }));
+      for (const question of questions) formatCommand(question, this.#encoding); // all are good before the first goes out
+      const answers = await Promise.all(questions.map((question) => this.#send<string>(question, ignore, false)));
       const values = Object.fromEntries(names.map((name, i) => [name, answers[i]!.slice(name.length + 1)]));
       const cut = names.find((_, i) => encode(answers[i]!, this.#encoding).length >= 2046);
       if (cut === undefined) return values;
@@ -882,7 +815,7 @@ export class Session {
 
   /** The dialplan's call: the command itself (`ivr://host` or the program's path) and its arguments. */
   params(): Promise<string[]> {
-    return quiet(() => this.#ask<string[]>("P,params\n", { name: "" }));
+    return quiet(() => this.#send<string[]>({ type: "params" }, ignore, false));
   }
 
   /**
@@ -907,7 +840,7 @@ export class Session {
    * ```
    */
   gather(options: GatherOptions = {}): Promise<Gathered> {
-    return quiet(() => this.#gather(options));
+    return quiet(() => new Promise((resolve) => this.#gather(options, resolve)));
   }
 
   /** Ends the call with a message for the log. Resolves when the stream has ended, whoever ended it. */
@@ -943,8 +876,8 @@ export class Session {
         if (value) return Promise.resolve({ value, done: false });
         return new Promise((resolve, reject) => {
           this.#waiters.push({ iterator, resolve, reject });
-          if (this.#ending) this.#dismiss();
           if (left) this.#dismiss(iterator);
+          else if (this.#ending) this.#dismiss();
         });
       },
       return: () => {
@@ -959,28 +892,29 @@ export class Session {
 
   async #read(cutter: Cutter): Promise<void> {
     try {
-      for (let done = false; !done;) {
-        const chunk = await this.#reader.read();
-        done = chunk.done;
-        for (const line of cutter.cut(done ? undefined : chunk.value)) {
+      for (;;) {
+        const { done, value } = await this.#reader.read();
+        for (const line of cutter.cut(done ? undefined : value)) {
           if (this.#ending) return;
           this.#receive(parseEvent(line));
           if (this.#waiting > this.#maxQueue) await this.#room();
         }
         if (cutter.error) throw cutter.error;
+        if (done) return this.#finish();
       }
-      this.#finish();
     } catch (error) {
-      this.#finish(error);
+      this.#finish(error ?? new Error("The stream of events failed"));
     }
   }
 
   /** Waits for the events to be taken, but no longer than a turn of the event loop. */
   async #room(): Promise<void> {
+    let timer;
     await new Promise<void>((resolve) => {
-      const timer = setTimeout(resolve);
-      this.#drained = () => (clearTimeout(timer), resolve());
+      this.#drained = resolve;
+      timer = setTimeout(resolve);
     });
+    clearTimeout(timer);
     if (this.#waiting > this.#maxQueue) {
       throw new IvrError("overflow", `Cannot keep more than ${this.#maxQueue} events: nobody takes them`);
     }
@@ -990,9 +924,9 @@ export class Session {
   #receive(event: IvrEvent): void {
     switch (event.type) {
       case "dtmf":
-        if (!this.#gathering) break;
+        if (!this.#collect) break;
         this.#queue.push(event);
-        return this.#gathering();
+        return this.#collect();
       case "params":
         if (this.#answered("", event.params)) return;
         break;
@@ -1017,7 +951,6 @@ export class Session {
       case "exit":
         this.#said = "exit";
     }
-    if (this.#waiters.length && !this.#waiting) return this.#waiters.shift()!.resolve({ value: event, done: false });
     this.#queue.push(event);
     this.#deliver();
   }
@@ -1027,9 +960,7 @@ export class Session {
     const at = this.#asked.findIndex((asked) => asked.name === name);
     if (at < 0) return false;
     const [asked] = this.#asked.splice(at, 1) as [Asked];
-    while (this.#prompts[0] && this.#prompts[0].number < asked.clears!) {
-      this.#prompts.shift()!.settle("skipped");
-    }
+    if (asked.clears) this.#settle("skipped", this.#prompts.filter(({ number }) => number < asked.number).length);
     asked.resolve(answer);
     this.#wake();
     return !asked.bare;
@@ -1038,9 +969,15 @@ export class Session {
   /** A file left the playlist. What should have left before it, and did not say so, was skipped. */
   #moved(outcome: Outcome, file?: string): void {
     if (!this.#prompts.length) return;
-    const at = file === undefined ? 0 : this.#prompts.findIndex((prompt) => prompt.file === file);
-    for (let i = 0; i < at; i++) this.#prompts.shift()!.settle("skipped");
-    if (at >= 0) this.#prompts.shift()?.settle(outcome);
+    const at = this.#prompts.findIndex((prompt) => file === undefined || prompt.file === file);
+    if (at < 0) return;
+    this.#settle("skipped", at);
+    this.#settle(outcome, 1);
+  }
+
+  /** Tells what became of the first files of the playlist. */
+  #settle(outcome: Outcome, count: number): void {
+    for (const prompt of this.#prompts.splice(0, count)) prompt.settle(outcome);
   }
 
   /** A `Z` is the command's whose acknowledgement comes next. */
@@ -1048,9 +985,9 @@ export class Session {
     const asked = this.#asked[0];
     if (!asked) return;
     asked.reject(new IvrError("refused", `Asterisk refused: ${reason ?? "the channel is not answered, or hung up"}`));
-    asked.clears = 0;
-    this.#prompts = this.#prompts.filter((prompt) => prompt !== asked.prompt);
-    asked.prompt?.settle(reason === undefined ? "refused" : "missing");
+    asked.clears = false;
+    asked.settle(reason === undefined ? "refused" : "missing");
+    this.#prompts = this.#prompts.filter((prompt) => prompt !== asked);
   }
 
   /** How many events wait. */
@@ -1080,7 +1017,7 @@ export class Session {
 
   /** The oldest event that the iterator may have: not a key while a gather is under way. */
   #next(): IvrEvent | undefined {
-    return this.#gathering ? this.#take(false) : this.#take();
+    return this.#collect ? this.#take(false) : this.#take();
   }
 
   #deliver(): void {
@@ -1098,7 +1035,7 @@ export class Session {
     }
   }
 
-  #gather(options: GatherOptions): Promise<Gathered> {
+  #gather(options: GatherOptions, resolve: (gathered: Gathered) => void): void {
     const { prompt = [], maxDigits, terminators = "#", timeout = 5000, bargeIn = true, signal } = options;
     const { interDigitTimeout = timeout } = options;
     if (maxDigits !== undefined && !(Number.isInteger(maxDigits) && maxDigits > 0)) {
@@ -1107,109 +1044,100 @@ export class Session {
     for (const key of terminators) {
       if (!DIGITS.includes(key)) refuse("terminators", key, "no such key");
     }
-    for (const [field, value] of Object.entries({ timeout, interDigitTimeout })) {
-      if (!(value >= 0 && value <= 0x7fffffff || value === Infinity)) {
-        refuse(field, value, "it has to be milliseconds");
-      }
+    for (const [field, ms] of Object.entries({ timeout, interDigitTimeout })) {
+      if (!(ms >= 0 && ms <= 0x7fffffff || ms === Infinity)) refuse(field, ms, "it has to be milliseconds");
     }
-    if (this.#gathering) refuse("gather", "", "another one is under way");
+    if (this.#collect) refuse("gather", "", "another one is under way");
     const files = [prompt].flat();
-    for (const file of files) {
-      formatCommand({ type: "queue", file }, this.#encoding);
-    }
+    for (const file of files) formatCommand({ type: "queue", file }, this.#encoding);
 
-    return new Promise((resolve) => {
-      let digits = "";
-      let playing = false;
-      let timer: ReturnType<typeof setTimeout> | undefined;
+    let digits = "";
+    let playing = false;
+    let timer: Timer | undefined;
 
-      const end = (reason: Gathered["reason"], terminator?: Digit) => {
-        clearTimeout(timer);
-        signal?.removeEventListener("abort", abort);
-        this.#gathering = undefined;
-        if (playing && !this.#gone) this.interrupt();
-        resolve(terminator ? { digits, reason, terminator } : { digits, reason });
-        this.#deliver(); // the keys that are left
-      };
-      const abort = () => end("aborted");
-      const wait = (ms: number) => {
-        clearTimeout(timer);
-        timer = ms === Infinity ? undefined : later(() => end("timeout"), ms);
-      };
-      const collect = () => {
-        while (bargeIn || !playing || this.#gone) {
-          const key = this.#takeKey();
-          if (!key) return this.#gone ? end("hangup") : undefined;
-          if (playing && !this.#gone) this.interrupt();
-          playing = false;
-          if (terminators.includes(key)) return end("terminator", key);
-          digits += key;
-          if (digits.length === maxDigits) return end("maxDigits");
-          wait(interDigitTimeout);
-        }
-      };
-      const listen = () => {
-        if (!playing || this.#gathering !== collect) return;
-        playing = false;
-        wait(timeout);
-        collect();
-      };
+    const end = (reason: Gathered["reason"], terminator?: Digit) => {
+      clearTimeout(timer);
+      signal?.removeEventListener("abort", abort);
+      silence();
+      this.#collect = undefined;
+      resolve({ digits, reason, ...terminator && { terminator } });
+      this.#deliver(); // the keys that are left
+    };
+    const abort = () => end("aborted");
+    const silence = () => {
+      if (playing && !this.#gone) this.interrupt();
+      playing = false;
+    };
+    const wait = (ms: number) => {
+      clearTimeout(timer);
+      if (ms < Infinity) timer = later(() => end("timeout"), ms);
+    };
+    const collect = () => {
+      while (bargeIn || !playing || this.#gone) {
+        const key = this.#takeKey();
+        if (!key) return this.#gone ? end("hangup") : undefined;
+        silence();
+        if (terminators.includes(key)) return end("terminator", key);
+        digits += key;
+        if (digits.length === maxDigits) return end("maxDigits");
+        wait(interDigitTimeout);
+      }
+    };
+    const listen = () => {
+      if (!playing) return;
+      playing = false;
+      wait(timeout);
+      collect();
+    };
 
-      if (options.flush) { while (this.#takeKey()); }
-      this.#gathering = collect;
-      if (signal?.aborted) return abort();
-      signal?.addEventListener("abort", abort);
-      if (bargeIn || !files.length || this.#gone) collect();
-      if (digits || this.#gathering !== collect) return; // typed ahead
-      playing = files.length > 0;
-      if (playing) Promise.all(files.map((file) => this.queue(file))).then(listen);
-      else wait(timeout);
-    });
+    while (options.flush && this.#takeKey());
+    this.#collect = collect;
+    if (signal?.aborted) return abort();
+    signal?.addEventListener("abort", abort);
+    if (bargeIn || !files.length || this.#gone) collect();
+    if (digits || this.#collect !== collect) return; // typed ahead
+    playing = files.length > 0;
+    if (playing) Promise.all(files.map((file) => this.queue(file))).then(listen);
+    else wait(timeout);
   }
 
-  #prompt(command: IvrCommand & { type: "play" | "queue" }): Promise<Outcome> {
-    return quiet(() => new Promise((settle) => this.#send(command, settle).catch(ignore)));
+  #prompt(command: IvrCommand): Promise<Outcome> {
+    return quiet(() => new Promise((settle, reject) => this.#send(command, settle).catch(reject)));
   }
 
-  #send(command: IvrCommand, settle: (outcome: Outcome) => void = ignore): Promise<unknown> {
-    const line = formatCommand(command, this.#encoding);
-    const { type } = command;
-    if (type === "get") {
-      return this.#ask(line, { name: command.names[0]!, bare: true });
-    }
-    if (type === "params") return this.#ask(line, { name: "", bare: true });
-    if (type === "hangup" || type === "exit") {
-      if (!this.#leaving && !this.#ending) {
+  /** Sends a command, with a question behind it if it has no answer of its own. */
+  #send<Answer>(
+    command: IvrCommand,
+    settle: (outcome: Outcome) => void = ignore,
+    bare = command.type === "get" || command.type === "params",
+  ): Promise<Answer> {
+    return new Promise<unknown>((resolve, reject) => {
+      let lines = formatCommand(command, this.#encoding);
+      const { type } = command;
+      if (type === "hangup" || type === "exit") {
+        resolve(this.closed);
+        if (this.#leaving || this.#ending) return;
         this.#leaving = type;
-        this.#write(line);
-        this.#wake();
-      }
-      return this.closed;
-    }
-    const number = ++this.#count;
-    let prompt: Prompt | undefined;
-    if (type === "play" || type === "queue") {
-      prompt = { file: command.file, number, settle };
-      if (this.#ending) settle("ended");
-      else this.#prompts.push(prompt);
-    }
-    const name = `EIVR_ACK_${number}`;
-    return this.#ask(`${line}G,${name}\n`, {
-      name,
-      prompt,
-      clears: type === "play" || type === "interrupt" ? number : 0,
-    });
-  }
-
-  #ask<Answer>(lines: string, asked: Omit<Asked, "resolve" | "reject">): Promise<Answer> {
-    return new Promise<Answer>((resolve, reject) => {
-      if (this.#ending) {
+      } else if (this.#ending) {
+        settle("ended");
         return reject(new IvrError("ended", "The call has ended"));
+      } else {
+        const number = ++this.#count;
+        let name = "";
+        if (type === "get") name = command.names[0]!;
+        else if (type !== "params") {
+          name = `EIVR_ACK_${number}`;
+          lines += `G,${name}\n`;
+        }
+        const file = type === "play" || type === "queue" ? command.file : undefined;
+        const clears = type === "play" || type === "interrupt";
+        const asked: Asked = { number, name, bare, file, clears, settle, resolve, reject };
+        this.#asked.push(asked);
+        if (file) this.#prompts.push(asked);
       }
-      this.#asked.push({ ...asked, resolve: resolve as Asked["resolve"], reject });
       this.#write(lines);
       this.#wake();
-    });
+    }) as Promise<Answer>;
   }
 
   /** Writes what is sent in one turn in one go. */
@@ -1242,18 +1170,17 @@ export class Session {
 
   /** The caller is gone, and nothing plays any more, even if the call is still ours. */
   #hungUp(): void {
-    for (const prompt of this.#prompts.splice(0)) prompt.settle("ended");
+    this.#settle("ended", Infinity);
     this.#gone = true;
     this.#abort?.abort(gone());
-    this.#gathering?.();
+    this.#collect?.();
   }
 
   #finish(error: unknown = this.#broken): void {
     if (this.#ending) return;
     // A reset after our own H or E is Asterisk closing with our wake-ups unread
-    const left = error !== undefined && !(error instanceof IvrError) ? this.#leaving : undefined;
-    const by = this.#said ?? left ??
-      (error === undefined ? "disconnect" : "error");
+    const failed = error instanceof IvrError ? "error" : this.#leaving ?? "error";
+    const by = this.#said ?? (error === undefined ? "disconnect" : failed);
     this.#ending = by === "error" ? { by, error } : { by };
     clearTimeout(this.#timer);
     const ended = new IvrError("ended", "The call has ended", { cause: error });
@@ -1261,7 +1188,6 @@ export class Session {
     this.#hungUp();
     this.#end?.(this.#ending);
     this.#dismiss();
-    this.#drained?.();
     this.#released = this.#release();
   }
 
@@ -1270,12 +1196,11 @@ export class Session {
     if (this.#ending!.by === "error") {
       this.#writer.abort(this.#ending!.error).catch(ignore);
     } else {
-      let grace: ReturnType<typeof setTimeout> | undefined;
-      const waited = new Promise<void>((resolve) => grace = later(resolve, GRACE));
       // A socket that ends by itself, as Node's do, is to do so first: Deno fails when both close it in one turn
       await new Promise((resolve) => setTimeout(resolve));
-      await Promise.race([waited, this.#writer.close().catch(ignore)]);
-      clearTimeout(grace);
+      const grace = new Promise((resolve) => this.#timer = later(() => resolve(undefined), GRACE));
+      await Promise.race([grace, this.#writer.close().catch(ignore)]);
+      clearTimeout(this.#timer);
     }
     await this.#reader.cancel().catch(ignore);
   }

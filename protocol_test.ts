@@ -13,6 +13,7 @@ import { fileURLToPath } from "node:url";
 import {
   Asterisk,
   type Call,
+  type CallerAction,
   CallError,
   dial,
   dialStreams,
@@ -1096,7 +1097,7 @@ test("both styles: what settles a promise on its way reaches the iterator as wel
 });
 
 /** What is gathered: the options, what the caller does (seconds from the call's begin), and what comes of it when. */
-const GATHERS: [string, GatherOptions, Recording["caller"], Gathered, number][] = [
+const GATHERS: [string, GatherOptions, CallerAction[], Gathered, number][] = [
   ["nothing", {}, [], { digits: "", reason: "timeout" }, 5],
   ["time to the first key", { timeout: 2000 }, [[1.7, "press", "1"]], { digits: "1", reason: "timeout" }, 3.9],
   ["time between keys", { interDigitTimeout: 1000 }, [[0.8, "press", "12"]], { digits: "12", reason: "timeout" }, 2.25],
@@ -1361,7 +1362,7 @@ const RECORDINGS: {
   options?: string;
   variables?: Record<string, string>;
   globals?: Record<string, string>;
-  caller?: Recording["caller"];
+  caller?: CallerAction[];
   steps: [number, string | null][];
   received: [number, string][];
   ended: number | null;
@@ -1736,13 +1737,34 @@ for (const recorded of RECORDINGS) {
 }
 
 test("recording: a call is recorded as recordings are, and comes back the same", async () => {
-  const call = dial(menu, { sounds: { "agent-user": 3 }, args: ["support"], options: "i" });
-  call.plan([[1, "press", "1234#"], [3, "hangup"]]);
-  await call.over();
-  const recording = call.recording();
-  assertSame(await replay(recording), recording);
-  assertSame(await replay(recording, menu), recording);
-  assert.deepEqual(JSON.parse(JSON.stringify(recording)), recording);
+  const handlers: [(ivr: Session) => Promise<void>, Parameters<typeof dial>[1], CallerAction[]][] = [
+    [menu, { sounds: { "agent-user": 3 }, args: ["support"], options: "i" }, [[1, "press", "1234#"], [3, "hangup"]]],
+    // Texts beyond ASCII, prompts that never began, a version that says less
+    [
+      async (ivr) => {
+        assert.deepEqual(await ivr.get("CITY"), { CITY: "Žďár" });
+        await ivr.gather({ prompt: ["č", "never-begins"], maxDigits: 1 });
+        assert.equal(await ivr.play("nosuch"), "refused");
+        await ivr.exit("děkuji");
+      },
+      { sounds: (file) => file === "nosuch" ? undefined : 2, variables: { CITY: "Žďár" }, version: 1.6 },
+      [[0.5, "press", "1"]],
+    ],
+    [
+      (ivr) => ivr.play("broken").then(() => ivr.exit()),
+      { options: "n", answerable: false, unreadable: ["broken"] },
+      [],
+    ],
+  ];
+  for (const [handler, options, caller] of handlers) {
+    const call = dial(handler, options);
+    call.plan(caller);
+    await call.over();
+    const recording = call.recording();
+    assertSame(await replay(recording), recording);
+    assertSame(await replay(recording, handler), recording);
+    assert.deepEqual(JSON.parse(JSON.stringify(recording)), recording);
+  }
 });
 
 // ---------------------------------------------------------------------------------------------------------
@@ -1805,7 +1827,7 @@ test("menu: type-ahead skips the prompts, a bad number is asked again, silence g
 
 test("menu: a hundred random conversations each end as their caller ended them", () =>
   forAll(100, async (random) => {
-    const caller: Recording["caller"][number][] = [];
+    const caller: CallerAction[] = [];
     for (let at = 0; caller.length < 6; at += random.below(3000) / 1000) {
       caller.push([at, "press", random.text("0123456789*#ABCD", 5) || "1"]);
     }
@@ -1844,9 +1866,11 @@ test("kit: a script that waits for what never comes fails at once, with the tran
   });
   await assert.rejects(call.hears("thank-you"), (error) => {
     assert.ok(error instanceof CallError);
-    assert.match(error.message, /^Waited for "thank-you" to play, but nothing more can happen\n/);
+    assert.match(error.message, /^Waited for "thank-you" to play, but nothing more can happen .*hold\)\n/);
     assert.match(error.message, /^ +0\.\d{3} +--> +S,beep$/m);
     assert.match(error.message, /^ +1\.\d{3} +<-- +F,\d+,beep$/m);
+    assert.doesNotMatch(error.message, /EIVR_ACK/);
+    assert.match(error.stack!, /protocol_test/);
     return true;
   });
   await call.hangUp();
@@ -1933,6 +1957,18 @@ test("kit: two calls at once in one time", async () => {
   );
   await Promise.all(calls.map((call) => call.over()));
   assert.deepEqual(calls.map(({ variables }) => variables["I"]), ["1", "2"]);
+});
+
+test("kit: a caller does only what callers can", async () => {
+  const call = dial((ivr) => ivr.gather({ maxDigits: 2 }));
+  assert.throws(() => call.plan([[1, "hang up"]] as never), TypeError);
+  await assert.rejects(call.press("x"), TypeError);
+  await call.press("a1");
+  await call.over();
+  assert.deepEqual(call.notes.filter(({ kind }) => kind === "caller").map(({ text }) => text), [
+    "presses A",
+    "presses 1",
+  ]);
 });
 
 test("kit: the texts of the dialplan", () => {

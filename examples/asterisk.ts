@@ -335,6 +335,8 @@ export class Asterisk {
   readonly globals: Record<string, string>;
   /** Asterisk's log. */
   readonly log: string[] = [];
+  /** The files that were asked for and exist, and their lengths in seconds. */
+  readonly found: Map<string, number> = new Map();
   /** Settles when the call has left `ExternalIVR`. */
   readonly left: Promise<Left>;
 
@@ -416,8 +418,13 @@ export class Asterisk {
     return this.#playing && !this.#aborted ? this.#playlist.slice(1) : [...this.#playlist];
   }
 
-  /** The caller releases a key. A key pressed while a `D` goes on is lost, as Asterisk loses it. */
+  /**
+   * The caller releases a key. A key pressed while a `D` goes on is lost, as Asterisk loses it.
+   *
+   * @throws {TypeError} for a key that does not exist.
+   */
   press(key: Digit): void {
+    checkKey(key);
     if (this.#line) return void this.#waiting.push(() => this.press(key));
     if (this.#over || this.#gone || !this.#up) return;
     this.#note("caller", `presses ${key}`);
@@ -447,19 +454,21 @@ export class Asterisk {
    * Has the caller do things by themselves: `[at, "press", keys]` and `[at, "hangup"]`, in seconds since the call began.
    * A key is held for 100 ms, and Asterisk tells of it 100 ms after that; the next follows 150 ms after the release.
    * Returns when the last of them is done.
+   *
+   * @throws {TypeError} for a key that does not exist.
    */
-  plan(caller: Recording["caller"]): number {
+  plan(caller: CallerAction[]): number {
     let last = 0;
     const act = (at: number, run: () => void) => {
       last = Math.max(last, at);
       if (at <= this.at) run();
-      else {this.#planned.push(
-          this.#clock.setTimeout(run, (at - this.at) * 1000),
-        );}
+      else this.#planned.push(this.#clock.setTimeout(run, (at - this.at) * 1000));
     };
     for (const [at, does, keys = ""] of caller) {
       if (does === "hangup") act(at, () => this.hangUp());
-      for (const [i, key] of [...keys].entries()) {
+      else if (does !== "press") throw new TypeError(`Cannot plan "${does}": a caller can press and hangup`);
+      for (const [i, key] of [...keys.toUpperCase()].entries()) {
+        checkKey(key);
         act(at + KEY + i * NEXT_KEY, () => this.press(key as Digit));
       }
     }
@@ -503,7 +512,7 @@ export class Asterisk {
 
   /** A text as its bytes, each a character; and back. */
   #bytes(text: string): string {
-    return this.#options.encoding === "latin1" ? text : fromBytes(new TextEncoder().encode(text));
+    return this.#options.encoding === "latin1" ? text : utf8Bytes(text);
   }
 
   #text(bytes: string): string {
@@ -518,6 +527,7 @@ export class Asterisk {
     this.#clock.clearTimeout(this.#busy?.timer);
     for (const timer of this.#planned) this.#clock.clearTimeout(timer);
     this.#playing = undefined;
+    this.#playlist = [];
     this.#note("ends", left);
     this.#writer.close().catch(() => {}).then(() => this.#reader.cancel())
       .catch(() => {});
@@ -528,9 +538,12 @@ export class Asterisk {
 
   #lengthOf(file: string): number | undefined {
     const { sounds, unreadable } = this.#options;
-    if (unreadable?.includes(file)) return 0;
-    if (typeof sounds === "function") return sounds(file);
-    return sounds ? Object.hasOwn(sounds, file) ? sounds[file] : undefined : 1;
+    const own = typeof sounds === "function"
+      ? sounds(file)
+      : Object.entries(sounds ?? { [file]: 1 }).find(([name]) => name === file)?.[1];
+    const length = own ?? (unreadable?.includes(file) ? 0 : undefined);
+    if (length !== undefined) this.found.set(file, length);
+    return length;
   }
 
   /** What `I`, `S` and, with autoclear, a key do. Until the next frame Asterisk does not know that it stopped. */
@@ -654,7 +667,7 @@ export class Asterisk {
     const text = line.replace(/\0.*$/s, "").replace(/\n$/, "").trimEnd();
     if (!text) return;
     this.#note("command", text);
-    if (this.#version < 1.8 && text.length < 4) return;
+    if (this.#version < 1.8 && this.#bytes(text).length < 4) return;
     switch (command.type) {
       case "play":
         return this.#checked(`Queue re'S'et`, command.file, () => {
@@ -768,8 +781,25 @@ export class Asterisk {
   }
 }
 
+function checkKey(key: string): void {
+  if (!/^[0-9A-D*#]$/.test(key)) throw new TypeError(`Cannot press "${key}": the keys are 0-9 * # A-D`);
+}
+
 type Untimed = IvrEvent extends infer E ? E extends { timestamp: number } ? Omit<E, "timestamp"> : never
   : never;
+
+/** The same with every text as its UTF-8 bytes, each a character. */
+function inBytes<T>(value: T): T {
+  return JSON.parse(JSON.stringify(value), (_, item) => {
+    if (typeof item === "string") return utf8Bytes(item);
+    if (item === null || typeof item !== "object" || Array.isArray(item)) return item;
+    return Object.fromEntries(Object.entries(item).map(([name, own]) => [utf8Bytes(name), own]));
+  });
+}
+
+function utf8Bytes(text: string): string {
+  return fromBytes(new TextEncoder().encode(text));
+}
 
 function toBytes(text: string): Uint8Array {
   return Uint8Array.from(text, (char) => char.charCodeAt(0));
@@ -858,6 +888,9 @@ export interface DialOptions extends Omit<HostOptions, "clock"> {
   clock?: VirtualClock;
 }
 
+/** What a caller does, when: seconds since the call began. */
+export type CallerAction = readonly [at: number, does: "press", keys: string] | readonly [at: number, does: "hangup"];
+
 /** A call as it is recorded: times in seconds from the connection, bytes as the characters U+0000 to U+00FF. */
 export interface Recording extends Dialplan {
   /** The playable files and their lengths in seconds. */
@@ -867,7 +900,7 @@ export interface Recording extends Dialplan {
   /** The global variables before the call. */
   globals: Record<string, string>;
   /** `[at, "press", keys]`, each key held 100 ms, 150 ms between keys; `[at, "hangup"]`. */
-  caller: (readonly [at: number, does: string, keys?: string])[];
+  caller: CallerAction[];
   /** `[at, text]` sent in one write; `null` ends the commands. */
   steps: (readonly [at: number, text: string | null])[];
   /** `[at, line]` each line that came back. */
@@ -876,12 +909,23 @@ export interface Recording extends Dialplan {
   ended: readonly [at: number, how: string] | null;
   /** What Asterisk logged, and `CONTINUED` or `HUNGUP`. */
   log: string[];
+  /** As in {@linkcode HostOptions}, where it was not the default. */
+  version?: number;
+  /** As in {@linkcode HostOptions}, where it was not the default. */
+  answerable?: boolean;
+  /** As in {@linkcode HostOptions}, where it was not the default. */
+  unreadable?: string[];
 }
 
 /** A script that cannot go on: the message ends with the transcript of the call. */
 export class CallError extends Error {
   /** Always `"CallError"`. */
   override name = "CallError";
+}
+
+/** Whether a line of the wire only serves to acknowledge a command of a {@linkcode Session}. */
+export function isAcknowledgement(line: string): boolean {
+  return /^G,(?: *-?\d+,)?EIVR_ACK_\d+=?$/.test(line);
 }
 
 const MARKS: Record<Note["kind"], string> = {
@@ -943,7 +987,8 @@ export class Call {
 
   #options: DialOptions;
   #steps: [number, string | null][] = [];
-  #caller: Recording["caller"][number][] = [];
+  #received: [number, string][] = [];
+  #caller: CallerAction[] = [];
   #heard = 0;
   #handler: "running" | "done" | "failed" = "running";
   #failure: unknown;
@@ -1018,7 +1063,7 @@ export class Call {
   }
 
   /** Has the caller do things by themselves while the script goes on: see {@linkcode Asterisk.plan}. */
-  plan(caller: Recording["caller"]): number {
+  plan(caller: CallerAction[]): number {
     this.#caller.push(...caller);
     return this.host.plan(caller);
   }
@@ -1049,52 +1094,50 @@ export class Call {
    * as nothing more can happen, when the call ends (unless `after` it is fine), and when an hour of its time has passed.
    */
   until(what: string, test: () => boolean, after = false): Promise<void> {
-    const turn = this.#turn.then(() => this.#until(what, test, after));
+    const step = new CallError(`Waited for ${what}`); // here, so that its stack leads to the script
+    const turn = this.#turn.then(() => this.#until(step, test, after));
     this.#turn = turn.catch(() => {});
     return turn;
   }
 
-  /** The call so far, a line for everything that happened: when, what, and the text. */
+  /** The call so far, a line for everything that happened but acknowledgements: when, what, and the text. */
   transcript(): string {
-    return this.notes.map(({ at, kind, text }) => {
+    return this.notes.filter(({ text }) => !isAcknowledgement(text)).map(({ at, kind, text }) => {
       const line = JSON.stringify(text).slice(1, -1);
       return `${at.toFixed(3).padStart(9)}  ${MARKS[kind].padEnd(8)} ${line}`
         .trimEnd();
     }).join("\n");
   }
 
-  /** The call so far, as recordings are written: texts as they are, the steps and `latin1` as bytes. */
+  /** The call so far, as recordings are written. Of the {@linkcode Faults} only what they did to it is recorded. */
   recording(): Recording {
-    const {
-      application = "ivr://localhost",
-      args = [],
-      options = "",
-      variables = {},
-      globals = {},
-      sounds,
-    } = this.#options;
-    const names = this.notes.filter(({ kind }) => kind === "plays");
-    const lengths = typeof sounds === "object" ? sounds : Object.fromEntries(
-      names.map(({ text }) => [text, (typeof sounds === "function" ? sounds(text) : 1) ?? 0]),
-    );
+    const { application = "ivr://localhost", args = [], options = "", variables = {}, globals = {}, sounds } =
+      this.#options;
+    const { version, answerable, unreadable, encoding } = this.#options;
     const ended = this.notes.find(({ kind }) => kind === "ends");
     const set = Object.entries(this.variables).filter(([name, value]) => variables[name] !== value);
-    return {
+    const texts = {
       application,
       args,
       options,
-      sounds: lengths,
+      sounds: { ...typeof sounds === "object" && sounds, ...Object.fromEntries(this.host.found) },
       variables,
       globals,
-      caller: this.#caller,
-      steps: this.#steps,
-      received: this.notes.filter(({ kind }) => kind === "event").map(({ at, text }) => [at, text]),
-      ended: ended ? [ended.at, "end"] : null,
+      ...unreadable && { unreadable },
       log: [
         ...this.log,
         ...ended?.text === "continued" ? [`CONTINUED ${set.map((pair) => pair.join("=")).join(" ")}`] : [],
         ...ended ? ["HUNGUP"] : [],
       ],
+    };
+    return {
+      ...encoding === "latin1" ? texts : inBytes(texts),
+      ...version !== undefined && { version },
+      ...answerable !== undefined && { answerable },
+      caller: this.#caller,
+      steps: this.#steps,
+      received: this.#received,
+      ended: ended ? [ended.at, "end"] : null,
     };
   }
 
@@ -1104,23 +1147,30 @@ export class Call {
     await this.over();
   }
 
-  async #until(what: string, test: () => boolean, after: boolean): Promise<void> {
+  async #until(step: CallError, test: () => boolean, after: boolean): Promise<void> {
     const began = this.clock.now();
     for (;;) {
       await this.clock.settle();
       if (test()) return;
-      const why = this.#handler === "failed"
-        ? `the handler failed: ${this.#failure}`
-        : this.#left !== undefined && !after
-        ? "the call is over"
-        : (this.clock.next ?? Infinity) > began + PATIENCE * 1000
-        ? "nothing more can happen"
-        : undefined;
+      const why = this.#whyNot(began, after);
       if (why) {
-        throw new CallError(`Waited for ${what}, but ${why}\n${this.transcript()}`, { cause: this.#failure });
+        const { message } = step;
+        step.message = `${message}, but ${why}\n${this.transcript()}`;
+        step.stack = step.stack?.replace(message, () => step.message);
+        step.cause = this.#failure;
+        throw step;
       }
       this.clock.step();
     }
+  }
+
+  /** Why a step that began then can go on no more, if it cannot. */
+  #whyNot(began: number, after: boolean): string | undefined {
+    if (this.#handler === "failed") return `the handler failed: ${this.#failure}`;
+    if (this.#left !== undefined && !after) return "the call is over";
+    if ((this.clock.next ?? Infinity) <= began + PATIENCE * 1000) return undefined;
+    if (this.#handler === "done") return "nothing more can happen: the handler is done";
+    return "nothing more can happen (a handler that awaits a file or a request needs VirtualClock.hold)";
   }
 
   /** Two pipes as long as a socket's buffers, with what goes wrong in them. */
@@ -1131,6 +1181,7 @@ export class Call {
     const events = new TransformStream<Uint8Array, Uint8Array>(
       {
         transform: (bytes, controller) => {
+          this.#received.push([this.host.at, fromBytes(bytes).slice(0, -1)]); // a write is a line
           while (bytes.length) {
             const size = Math.max(1, typeof chunk === "function" ? chunk() : chunk);
             const piece = bytes.slice(

@@ -18,7 +18,15 @@ import { Duplex, Readable, Writable } from "node:stream";
 import { fileURLToPath } from "node:url";
 import { parseArgs } from "node:util";
 import type { Digit, Sink, Source } from "../mod.ts";
-import { Asterisk, type Dialplan, type HostOptions, type Note, parseDialplan, type Recording } from "./asterisk.ts";
+import {
+  Asterisk,
+  type CallerAction,
+  type Dialplan,
+  type HostOptions,
+  isAcknowledgement,
+  type Note,
+  parseDialplan,
+} from "./asterisk.ts";
 
 const HELP = `phone.ts: call an IVR from the terminal, as Asterisk's ExternalIVR would
 
@@ -38,7 +46,8 @@ hangup is left to the IVR; d, the caller is gone from the start.
   --menu                  call menu.ts beside this file, unless the text names something else
   --help                  this text
 
-In a terminal the keys 0-9 * # a-d are pressed as they are typed; h or Ctrl-C hangs up.
+In a terminal the keys 0-9 * # a-d are pressed as they are typed; h or Ctrl-C hangs up, and once more
+leaves an IVR that does not end the call.
 Exit status: 0 when the dialplan would go on, 1 when the call was hung up, 2 for wrong use.`;
 
 /** Wrong use: said in one line, and where to read on. */
@@ -54,7 +63,7 @@ function wrong(message: string): never {
 interface Arguments {
   dialplan: Dialplan;
   host: HostOptions;
-  caller: Recording["caller"];
+  caller: CallerAction[];
 }
 
 function readArguments(): Arguments {
@@ -95,7 +104,7 @@ function readArguments(): Arguments {
       variables: Object.fromEntries(pairs("set", values.set)),
       globals: Object.fromEntries(pairs("global", values.global)),
     },
-    caller: (values.caller ?? "").split(",").filter((part) => part.trim()).map(readAction),
+    caller: (values.caller ?? []).join().split(",").filter((part) => part.trim()).map(readAction),
   };
 }
 
@@ -108,7 +117,7 @@ function parsed() {
         sounds: { type: "string", multiple: true },
         set: { type: "string", multiple: true },
         global: { type: "string", multiple: true },
-        caller: { type: "string" },
+        caller: { type: "string", multiple: true },
         menu: { type: "boolean" },
         help: { type: "boolean", short: "h" },
       },
@@ -126,7 +135,7 @@ function pairs(option: string, values: string[] = []): [string, string][] {
   });
 }
 
-function readAction(part: string): Recording["caller"][number] {
+function readAction(part: string): CallerAction {
   const [, at, does] = /^\s*(\d+(?:\.\d+)?)\s+(hangup|[0-9A-Da-d*#]+)\s*$/.exec(part) ?? [];
   if (!at || !does) {
     wrong(`--caller "${part.trim()}": it has to be seconds, a blank, and keys or hangup`);
@@ -142,6 +151,7 @@ function readAction(part: string): Recording["caller"][number] {
 const RATES: Record<string, number> = {
   gsm: 1650,
   ulaw: 8000,
+  ulw: 8000,
   ul: 8000,
   mu: 8000,
   pcm: 8000,
@@ -191,7 +201,7 @@ function readTree(folder: string): (file: string) => number | undefined {
 function lengthOf(path: string, suffix: string): number | undefined {
   const rate = Object.hasOwn(RATES, suffix) ? RATES[suffix] : undefined;
   if (rate) return statSync(path).size / rate;
-  return /^wav(49)?$/i.test(suffix) ? lengthOfWave(path) : undefined;
+  return /^wav(49|16)?$/i.test(suffix) ? lengthOfWave(path) : undefined;
 }
 
 /** A wave file tells its bytes a second in its chunk "fmt ", and their number in the chunk "data". */
@@ -286,8 +296,9 @@ const SAYS: Record<Note["kind"], (text: string) => string> = {
   ends: (text) => text === "continued" ? "the dialplan goes on" : "hung up",
 };
 
-/** Everything that happens, a line each. */
+/** Everything that happens but acknowledgements, a line each. */
 function printPlainly(note: Note): void {
+  if (isAcknowledgement(note.text)) return;
   console.log(`${note.at.toFixed(3).padStart(8)}  ${printable(SAYS[note.kind](note.text))}`);
 }
 
@@ -309,7 +320,8 @@ class Screen {
 
   draw(host: Asterisk): void {
     const width = Math.max(40, process.stdout.columns || 80) - 1;
-    const lines = this.#lines(host, width).map((line) => {
+    // What does not fit could not be drawn over
+    const lines = this.#lines(host, width).slice(0, Math.max(1, (process.stdout.rows || 24) - 1)).map((line) => {
       const text = printable(line);
       return text.length > width ? text.slice(0, width - 1) + "…" : text;
     });
@@ -335,15 +347,17 @@ class Screen {
       `  ${state.padEnd(12)} ${host.at.toFixed(1)} s`,
       `  playing      ${this.#bar(host, width - 15)}`,
       `  waiting      ${host.waiting.join("  ") || "-"}`,
+      `  heard        ${last(texts("plays"), width - 15)}`,
       `  keys         ${
         texts("caller").map((text) => /^presses (.)$/.exec(text)?.[1] ?? "")
           .join(" ").trim() || "-"
       }`,
       ...texts("sends").length ? [`  sent keys    ${texts("sends").join(" ")}`] : [],
-      `  set          ${set.map((pair) => pair.join("=")).join("  ") || "-"}`,
+      `  set          ${last(set.map((pair) => pair.join("=")), width - 15)}`,
       ...log.map((text, i) => `  ${i ? "   " : "log"}          ${text}`),
     ];
-    return ended ? lines : [...lines, "  0-9 * # a-d press a key, h hangs up"];
+    if (ended) return lines;
+    return [...lines, state === "the caller is gone" ? "  Ctrl-C leaves" : "  0-9 * # a-d press a key, h hangs up"];
   }
 
   #bar(host: Asterisk, width: number): string {
@@ -355,6 +369,12 @@ class Screen {
     const full = length ? Math.round(at / length * size) : size;
     return `${playing.file} [${"#".repeat(full)}${".".repeat(size - full)}] ${at.toFixed(1)} of ${length.toFixed(1)} s`;
   }
+}
+
+/** As many of the last words as there is room for. */
+function last(words: string[], room: number): string {
+  const line = words.join("  ") || "-";
+  return line.length > room ? "…" + line.slice(1 - room) : line;
 }
 
 /** Nothing that moves the cursor. */
@@ -377,7 +397,7 @@ async function call(
     line = await open(dialplan);
   } catch (error) {
     console.error((error as Error).message);
-    return 1;
+    process.exit(1);
   }
   const { stdin, stdout } = process;
   const screen = stdout.isTTY
@@ -388,24 +408,32 @@ async function call(
     onNote: (note) => screen ? screen.add(note) : printPlainly(note),
   });
   host.plan(caller);
-  const hangUp = () => host.hangUp();
+  let hungUp = false;
+  const hangUp = () => {
+    if (hungUp) leave(1);
+    hungUp = true;
+    host.hangUp();
+  };
+  const leave = (status: number): never => {
+    if (stdin.isTTY) stdin.setRawMode(false);
+    process.exit(status);
+  };
   process.on("SIGINT", hangUp).on("SIGTERM", hangUp);
   if (stdin.isTTY) {
     stdin.setRawMode(true);
-    stdin.setEncoding("utf8").on("data", (typed) => [...String(typed)].forEach((key) => type(host, key)));
+    stdin.setEncoding("utf8").on("data", (typed) => {
+      if (String(typed).startsWith("\x1b")) return; // an arrow or a function key
+      for (const key of String(typed)) {
+        if ("hH\x03".includes(key)) hangUp();
+        else if (/^[0-9*#a-d]$/i.test(key)) host.press(key.toUpperCase() as Digit);
+      }
+    });
   }
   const drawing = screen && setInterval(() => screen.draw(host), 100);
   const left = await host.left;
   clearInterval(drawing);
   screen?.draw(host);
-  if (stdin.isTTY) stdin.setRawMode(false);
-  return left === "continued" ? 0 : 1;
+  return leave(left === "continued" ? 0 : 1);
 }
 
-/** A key of the keyboard, as the caller's. */
-function type(host: Asterisk, key: string): void {
-  if (key === "h" || key === "\x03") host.hangUp();
-  else if (/^[0-9*#a-d]$/i.test(key)) host.press(key.toUpperCase() as Digit);
-}
-
-if (import.meta.main) process.exit(await call(readArguments()));
+if (import.meta.main) await call(readArguments());
