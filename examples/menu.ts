@@ -18,7 +18,7 @@
 
 import { type AddressInfo, createServer, isIPv6 } from "node:net";
 import process from "node:process";
-import { Duplex, Readable, Writable } from "node:stream";
+import { Readable, type Writable } from "node:stream";
 import { IvrError, Session, type Sink, type Source } from "../mod.ts";
 
 const DEPARTMENTS: Record<string, string> = { "1": "sales", "2": "support" };
@@ -27,27 +27,15 @@ const DEPARTMENTS: Record<string, string> = { "1": "sales", "2": "support" };
 export async function menu(ivr: Session): Promise<void> {
   const department = (await ivr.params()).filter((param) => Object.values(DEPARTMENTS).includes(param)).at(-1);
 
-  const account = await ask(
-    ivr,
-    ["hello-world", "agent-user"],
-    8,
-    (digits) => digits.length >= 4,
-  );
+  const account = await ask(ivr, ["hello-world", "agent-user"], 8, (digits) => digits.length >= 4);
   if (account) await ivr.set({ ACCOUNT: account });
 
   const key = account &&
-    await ask(
-      ivr,
-      ["vm-press", "digits/1", "digits/2"],
-      1,
-      (digit) => digit in DEPARTMENTS,
-    );
+    await ask(ivr, ["vm-press", "digits/1", "digits/2"], 1, (digit) => digit in DEPARTMENTS);
   const choice = key ? DEPARTMENTS[key] : department;
   if (choice) await ivr.set({ DEPARTMENT: choice });
 
-  await ivr.log(
-    `account ${account || "unknown"}, department ${choice ?? "unknown"}`,
-  );
+  await ivr.log(`account ${account || "unknown"}, department ${choice ?? "unknown"}`);
   if (account) await ivr.play("auth-thankyou");
   await ivr.exit();
 }
@@ -82,13 +70,32 @@ async function answer(
   }
 }
 
+/**
+ * Node's streams as the web's. `Duplex.toWeb` does the same, but there Deno's ends the whole process when a peer resets its
+ * connection.
+ */
+export function webStreams(input: Readable, output: Writable): { readable: Source; writable: Sink } {
+  output.on("error", () => {}); // the write that fails says so
+  return {
+    readable: Readable.toWeb(input),
+    writable: new WritableStream<Uint8Array>({
+      write: (chunk) =>
+        new Promise((resolve, reject) => output.write(chunk, (error) => error ? reject(error) : resolve())),
+      close: () => new Promise((resolve) => output.end(resolve)),
+      abort: () => void output.destroy(),
+    }),
+  };
+}
+
 /** Takes any number of calls at once, until a signal comes: then no new ones, and those under way end first. */
 function listen(address = ""): void {
   const bare = /^\d+$/.test(address) ? `:${address}` : isIPv6(address) ? `[${address}]` : address;
   const { 1: v6, 2: name, 3: port = "2949" } = /^(?:\[(.*)\]|([^:]*))(?::(\d+))?$/.exec(bare) ?? fail(address);
+  if (Number(port) > 65535) fail(address);
+  // No delay: the empty line that wakes Asterisk is tiny. Half open: the session ends the connection
   const server = createServer(
-    { noDelay: true },
-    (socket) => void answer(Duplex.toWeb(socket)),
+    { noDelay: true, allowHalfOpen: true },
+    (socket) => void answer(webStreams(socket, socket)),
   );
   server.on("error", (error) => {
     console.error(`Cannot listen: ${error.message}`);
@@ -97,19 +104,13 @@ function listen(address = ""): void {
   // Without a host: IPv6 and IPv4
   server.listen({ port: Number(port), host: v6 || name || undefined }, () => {
     const bound = server.address() as AddressInfo;
-    console.error(
-      `Waiting for calls on ${isIPv6(bound.address) ? `[${bound.address}]` : bound.address}:${bound.port}`,
-    );
+    console.error(`Waiting for calls on ${isIPv6(bound.address) ? `[${bound.address}]` : bound.address}:${bound.port}`);
   });
-  for (const signal of ["SIGINT", "SIGTERM"] as const) {
-    process.once(signal, () => server.close());
-  }
+  for (const signal of ["SIGINT", "SIGTERM"] as const) process.once(signal, () => server.close());
 }
 
 function fail(address: string): never {
-  console.error(
-    `Cannot listen on "${address}": it has to be [host:]port or host`,
-  );
+  console.error(`Cannot listen on "${address}": it has to be [host:]port or host`);
   process.exit(2);
 }
 
@@ -117,18 +118,12 @@ if (import.meta.main) {
   // As a program everything on the command line is the dialplan's, and `params()` brings it
   const [option, address, ...rest] = process.argv.slice(2);
   if (option === "--help") {
-    console.log(
-      "menu.ts [ARGUMENT]...          the program of ExternalIVR(/path/menu.ts(ARGUMENT,...))",
-    );
-    console.log(
-      "menu.ts --listen [HOST:PORT]   the server of ExternalIVR(ivr://HOST:PORT(ARGUMENT,...))",
-    );
+    console.log("menu.ts [ARGUMENT]...          the program of ExternalIVR(/path/menu.ts(ARGUMENT,...))");
+    console.log("menu.ts --listen [HOST:PORT]   the server of ExternalIVR(ivr://HOST:PORT(ARGUMENT,...))");
   } else if (option === "--listen") {
     listen(rest.length ? fail([address, ...rest].join(" ")) : address);
   } else {
-    await answer({
-      readable: Readable.toWeb(process.stdin),
-      writable: Writable.toWeb(process.stdout),
-    });
+    await answer(webStreams(process.stdin, process.stdout));
+    process.exit(); // a runtime may wait for the end of stdin otherwise
   }
 }

@@ -14,7 +14,7 @@ import { closeSync, openSync, readdirSync, readSync, statSync } from "node:fs";
 import { connect, type Socket } from "node:net";
 import { isAbsolute, join, relative, sep } from "node:path";
 import process from "node:process";
-import { Duplex, Readable, Writable } from "node:stream";
+import { Readable } from "node:stream";
 import { fileURLToPath } from "node:url";
 import { parseArgs } from "node:util";
 import type { Digit, Sink, Source } from "../mod.ts";
@@ -27,6 +27,7 @@ import {
   type Note,
   parseDialplan,
 } from "./asterisk.ts";
+import { webStreams } from "./menu.ts";
 
 const HELP = `phone.ts: call an IVR from the terminal, as Asterisk's ExternalIVR would
 
@@ -242,7 +243,8 @@ interface Line {
 /** Runs the program or connects to the server. */
 async function open({ application, args }: Dialplan): Promise<Line> {
   if (application.startsWith("ivr://")) {
-    return Duplex.toWeb(await reach(application));
+    const socket = await reach(application);
+    return webStreams(socket, socket);
   }
   const child = spawn(application, args, { stdio: "pipe" });
   await new Promise<void>((resolve, reject) => {
@@ -252,11 +254,7 @@ async function open({ application, args }: Dialplan): Promise<Line> {
       (error) => reject(new Error(`Failed to execute '${application}': ${error.message}`)),
     );
   });
-  return {
-    readable: Readable.toWeb(child.stdout),
-    writable: Writable.toWeb(child.stdin),
-    stderr: Readable.toWeb(child.stderr),
-  };
+  return { ...webStreams(child.stdout, child.stdin), stderr: Readable.toWeb(child.stderr) };
 }
 
 /** Connects to the first address of a name that answers. */
