@@ -499,14 +499,17 @@ class Cutter {
     let from = 0;
     for (let to; (to = text.indexOf("\n", from)) >= 0; from = to + 1) {
       let line = text.slice(from, to);
-      if (this.#rest) line = this.#rest + line;
-      this.#rest = "";
-      if (line.endsWith("\r")) line = line.slice(0, -1);
-      if (this.#tooLong(line)) return lines;
+      if (this.#rest) {
+        line = this.#rest + line;
+        this.#rest = "";
+      }
+      if (line.charCodeAt(line.length - 1) === 13) line = line.slice(0, -1);
+      if (line.length > this.#maxLine) return this.#tooLong(line), lines;
       lines.push(line);
     }
-    this.#rest += text.slice(from);
-    if (!this.#tooLong(this.#rest) && !chunk && this.#rest) lines.push(this.#rest);
+    this.#rest += text.slice(from); // never searched again
+    if (this.#rest.length > this.#maxLine && chomp(this.#rest + "\n").length > this.#maxLine) this.#tooLong(this.#rest);
+    else if (!chunk && this.#rest) lines.push(this.#rest);
     return lines;
   }
 
@@ -519,13 +522,9 @@ class Cutter {
     return this.#utf8.decode(chunk, { stream: !!chunk });
   }
 
-  #tooLong(line: string): boolean {
-    if (line.length <= this.#maxLine) return false;
-    this.error = new IvrError(
-      "too-long",
-      `Cannot read "${line.slice(0, 80)}…": more than ${this.#maxLine} characters in a line`,
-    );
-    return true;
+  #tooLong(line: string): void {
+    const rule = `more than ${this.#maxLine} characters in a line`;
+    this.error = new IvrError("too-long", `Cannot read "${line.slice(0, 80)}…": ${rule}`);
   }
 }
 
@@ -951,6 +950,7 @@ export class Session {
       case "exit":
         this.#said = "exit";
     }
+    if (this.#waiters.length && !this.#waiting) return this.#waiters.shift()!.resolve({ value: event, done: false });
     this.#queue.push(event);
     this.#deliver();
   }

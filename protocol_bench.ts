@@ -96,7 +96,9 @@ async function viaSession(chunks: Uint8Array[], expected = EVENTS): Promise<void
 
 async function viaReadline(chunks: Uint8Array[]): Promise<void> {
   let seen = 0;
-  for await (const line of createInterface({ input: Readable.from(chunks, { objectMode: false }) })) {
+  for await (
+    const line of createInterface({ input: Readable.fromWeb(stream(chunks) as Parameters<typeof Readable.fromWeb>[0]) })
+  ) {
     seen += line.split(",").length > 1 ? 1 : 0;
   }
   check(seen);
@@ -400,46 +402,44 @@ async function calls(): Promise<void> {
 
 // ---------------------------------------------------------------------------------------------------------
 
-function startUp(): void {
+async function startUp(): Promise<void> {
   console.log("\nstart-up");
   const folder = mkdtempSync(join(tmpdir(), "externalivr-"));
-  const mod = JSON.stringify(new URL("./mod.ts", import.meta.url).href);
-  const stdio =
-    `import process from "node:process";\nimport { Readable, Writable } from "node:stream";\nconst streams = { readable: Readable.toWeb(process.stdin), writable: Writable.toWeb(process.stdout) };\n`;
+  const source = new URL("./mod.ts", import.meta.url);
+  // Node as JSR serves it, without types: to strip them takes Node longer than anything here
+  const { stripTypeScriptTypes } = await import("node:module") as { stripTypeScriptTypes?: (code: string) => string };
+  const served = runtime === "node" ? stripTypeScriptTypes!(readFileSync(source, "utf8")) : undefined;
+  if (served) writeFileSync(join(folder, "mod.mjs"), served);
+  const mod = served ? "./mod.mjs" : source.href;
+  const streams = `import process from "node:process";
+import { Readable, Writable } from "node:stream";
+const readable = Readable.toWeb(process.stdin);
+const writable = Writable.toWeb(process.stdout);
+`;
   const scripts = {
     empty: "export {};\n",
-    imports: `import { Session } from ${mod};\nif (!Session) throw 0;\n`,
-    reads:
-      `${stdio}const reader = streams.readable.getReader();\nawait reader.read();\nstreams.writable.getWriter().write(new TextEncoder().encode("E,exit\\n"));\n`,
+    imports: `import { Session } from "${mod}";\nif (!Session) throw 0;\n`,
+    reads: `${streams}await readable.getReader().read();\nwritable.getWriter();\nprocess.exit();\n`,
     answers:
-      `${stdio}import { Session } from ${mod};\nfor await (const { type } of new Session(streams)) if (type === "dtmf") await new Session({ readable: new ReadableStream({ start: (c) => c.close() }), writable: streams.writable === undefined ? undefined : new WritableStream() }).closed;\n`,
+      `import { Session } from "${mod}";\n${streams}for await (const event of new Session({ readable, writable })) process.exit();\n`,
   };
-  const run = (name: keyof typeof scripts) => () => {
-    const { status, stderr } = spawnSync(process.execPath, [...flags, join(folder, `${name}.ts`)], {
+  for (const [name, script] of Object.entries(scripts)) writeFileSync(join(folder, `${name}.mjs`), script);
+  const run = (name: string) => () => {
+    const { status, stderr } = spawnSync(process.execPath, [...flags, join(folder, `${name}.mjs`)], {
       input: "1,1795372496\n",
     });
     if (status !== 0) throw new Error(String(stderr));
   };
-  for (const [name, script] of Object.entries(scripts)) writeFileSync(join(folder, `${name}.ts`), script);
-  const times: Record<string, number[]> = {};
-  for (let round = -2; round < 25; round++) {
-    for (const name of Object.keys(scripts) as (keyof typeof scripts)[]) {
-      const began = performance.now();
-      run(name)();
-      if (round >= 0) (times[name] ??= []).push(performance.now() - began);
-    }
-  }
+  const { empty, imports, reads, answers } = await rounds(25, {
+    empty: run("empty"),
+    imports: run("imports"),
+    reads: run("reads"),
+    answers: run("answers"),
+  });
   rmSync(folder, { recursive: true });
-  report("import, over an empty script", median(times["imports"]!.map((time, i) => time - times["empty"]![i]!)), "ms", [
-    5,
-    5,
-    5,
-  ]);
-  report(
-    "first event on stdio, over a script that reads it bare",
-    median(times["answers"]!.map((time, i) => time - times["reads"]![i]!)),
-    "ms",
-  );
+  const over = (a: number[], b: number[]) => median(a.map((time, i) => time - b[i]!));
+  report("import, over an empty script", over(imports, empty), "ms", [5, 5, 5]);
+  report("first event on stdio, over a script that reads it bare", over(answers, reads), "ms");
 }
 
 // ---------------------------------------------------------------------------------------------------------
