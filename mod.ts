@@ -460,10 +460,7 @@ export interface LinesOptions {
  * assert.deepEqual(await Array.fromAsync(lines(bytes)), ["1,1795372496", "H,1795372497"]);
  * ```
  */
-export async function* lines(
-  readable: Source,
-  options: LinesOptions = {},
-): AsyncGenerator<string, void, void> {
+export async function* lines(readable: Source, options: LinesOptions = {}): AsyncGenerator<string, void, void> {
   const cutter = new Cutter(options);
   const reader = readable.getReader();
   try {
@@ -504,12 +501,11 @@ class Cutter {
         this.#rest = "";
       }
       if (line.charCodeAt(line.length - 1) === 13) line = line.slice(0, -1);
-      if (line.length > this.#maxLine) return this.#tooLong(line), lines;
+      if (this.#tooLong(line)) return lines;
       lines.push(line);
     }
     this.#rest += text.slice(from); // never searched again
-    if (this.#rest.length > this.#maxLine && chomp(this.#rest + "\n").length > this.#maxLine) this.#tooLong(this.#rest);
-    else if (!chunk && this.#rest) lines.push(this.#rest);
+    if (!this.#tooLong(this.#rest) && !chunk && this.#rest) lines.push(this.#rest);
     return lines;
   }
 
@@ -522,9 +518,12 @@ class Cutter {
     return this.#utf8.decode(chunk, { stream: !!chunk });
   }
 
-  #tooLong(line: string): void {
+  #tooLong(line: string): boolean {
+    if (line.length <= this.#maxLine) return false;
+    if (line.length === this.#maxLine + 1 && line.endsWith("\r")) return false; // its newline may be in the next chunk
     const rule = `more than ${this.#maxLine} characters in a line`;
     this.error = new IvrError("too-long", `Cannot read "${line.slice(0, 80)}…": ${rule}`);
+    return true;
   }
 }
 
@@ -999,7 +998,7 @@ export class Session {
   #take(isKey?: boolean): IvrEvent | undefined {
     const queue = this.#queue;
     let at = this.#head;
-    if (isKey !== undefined) { while (at < queue.length && (queue[at]!.type === "dtmf") !== isKey) at++; }
+    while (isKey !== undefined && at < queue.length && (queue[at]!.type === "dtmf") !== isKey) at++;
     if (at === queue.length) return undefined;
     const event = queue[at];
     if (at > this.#head) queue.splice(at, 1);

@@ -164,6 +164,8 @@ const STRANGE_EVENTS = [
   "1,- 1",
   "1,--1",
   "1,1 ",
+  `1,${"9".repeat(400)}`,
+  "1,9007199254740993",
   "1,1795372496,data",
   "H,1795372496,data",
   "E,1795372496,data",
@@ -383,6 +385,8 @@ test("commands: what the wire cannot carry is refused, and the field is named", 
     ["invalid", "variables", { type: "set", variables: { A: 1 } }],
     ["invalid", "names", { type: "get", names: [] }],
     ["invalid", "names", { type: "get", names: [""] }],
+    ["invalid", "names", { type: "get", names: ["A", ""] }],
+    ["invalid", "names", { type: "get", names: ["", "A"] }],
     ["invalid", "names", { type: "get", names: ["A,B"] }],
     ["invalid", "names", { type: "get", names: ["A=B"] }],
     ["invalid", "line", { type: "unknown", line: "H,bye" }],
@@ -521,6 +525,10 @@ test("lines: a line may be as long as maxLine, and the lines before a longer one
     }, code("too-long"));
     assert.deepEqual(seen, ["1", "2"]);
   }
+  for (const cut of [4, 5, 6]) {
+    const bytes = utf8("1234\r\nx");
+    assert.deepEqual(await all(lines(streamOf(bytes.slice(0, cut), bytes.slice(cut)), { maxLine: 4 })), ["1234", "x"]);
+  }
   await assert.rejects(all(lines(streamOf(utf8("x".repeat(65537))))), code("too-long"));
   assert.equal((await all(lines(streamOf(utf8("x".repeat(65536))))))[0]!.length, 65536);
 });
@@ -600,6 +608,7 @@ test("session: two waits get an event each, and a loop that was left swallows no
   }
   host.say("4,1");
   assert.deepEqual((await second.next()).value, { type: "dtmf", timestamp: 1, digit: "4" });
+  host.say("5,1");
   assert.equal((await first.next()).done, true);
 });
 
