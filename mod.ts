@@ -372,15 +372,23 @@ export function formatCommand(command: IvrCommand, encoding: Encoding = "utf-8")
       payload = command.on ? "autoclear" : "noautoclear";
       break;
     case "set":
+      for (const [name, value] of Object.entries(command.variables)) {
+        checkName(field, name);
+        if (String(value).charCodeAt(String(value).length - 1) <= 32) refuse(field, value, "it ends in a blank");
+      }
       payload = Object.entries(command.variables).map((pair) => pair.join("=")).join();
       break;
     case "get":
-      if (/=|^,|,,|,$/.test(String(payload))) refuse(field, payload, "a name is empty or holds an equals sign");
+      for (const name of command.names) checkName(field, name);
   }
   const line = checked(field, command, letter + (letter && ",") + payload, parseCommand, encoding);
   const bytes = encode(line, encoding).length - 1;
   if (bytes > MAX_COMMAND_BYTES) refuse(field, payload, `${bytes} bytes exceed ${MAX_COMMAND_BYTES}`, "too-long");
   return line;
+}
+
+function checkName(field: string, name: string): void {
+  if (/^$|=/.test(name)) refuse(field, `"${name}"`, "a variable's name is not empty and holds no equals sign");
 }
 
 /**
@@ -481,7 +489,7 @@ class Cutter {
   error?: IvrError;
   #encoding: Encoding;
   #maxLine: number;
-  #utf8?: TextDecoder; // made with the first bytes: a quiet call costs none
+  #utf8?: InstanceType<typeof TextDecoder>; // made with the first bytes: a quiet call costs none
   #rest = "";
 
   constructor({ encoding = "utf-8", maxLine = 65536 }: LinesOptions) {
@@ -512,9 +520,13 @@ class Cutter {
   #decode(chunk?: Uint8Array): string {
     if (this.#encoding === "latin1") {
       // The decoder of this name is Windows-1252 everywhere: the bytes 0x80 to 0x9F would not come back
-      return Array.from(chunk ?? [], (byte) => String.fromCharCode(byte)).join("");
+      let text = "";
+      for (let at = 0; chunk && at < chunk.length; at += 8192) {
+        text += String.fromCharCode(...chunk.subarray(at, at + 8192));
+      }
+      return text;
     }
-    this.#utf8 ??= new TextDecoder("utf-8", { ignoreBOM: true });
+    this.#utf8 ??= new TextDecoder("utf-8", { fatal: false, ignoreBOM: true });
     return this.#utf8.decode(chunk, { stream: !!chunk });
   }
 
@@ -616,6 +628,9 @@ interface Waiter {
   reject(error: unknown): void;
 }
 
+/** What the answer to `P` goes by: no variable has this name. */
+const PARAMS = "=";
+
 /** How long Asterisk's last words, or ours, may take: milliseconds. */
 const GRACE = 1000;
 
@@ -630,6 +645,10 @@ function later(run: () => void, ms: number): Timer {
   const timer = setTimeout(run, ms);
   (timer as { unref?(): void }).unref?.();
   return timer;
+}
+
+function stop(timer: Timer | undefined): void {
+  if (timer !== undefined) clearTimeout(timer);
 }
 
 /** Runs, and keeps a rejection that nobody looks at from being an unhandled one. */
@@ -872,11 +891,13 @@ export class Session {
       next: () => {
         const value = left ? undefined : this.#next();
         if (value) return Promise.resolve({ value, done: false });
-        return new Promise((resolve, reject) => {
-          this.#waiters.push({ iterator, resolve, reject });
-          if (left) this.#dismiss(iterator);
-          else if (this.#ending) this.#dismiss();
-        });
+        return quiet(() =>
+          new Promise((resolve, reject) => {
+            this.#waiters.push({ iterator, resolve, reject });
+            if (left) this.#dismiss(iterator);
+            else if (this.#ending) this.#dismiss();
+          })
+        );
       },
       return: () => {
         left = true;
@@ -894,7 +915,10 @@ export class Session {
         const { done, value } = await this.#reader.read();
         for (const line of cutter.cut(done ? undefined : value)) {
           if (this.#ending) return;
-          this.#receive(parseEvent(line));
+          const event = parseEvent(line);
+          // What stands behind the last newline may be cut: it may end the call, but it answers nothing
+          if (done && event.type !== "hangup" && event.type !== "exit") this.#show(event);
+          else this.#receive(event);
           if (this.#waiting > this.#maxQueue) await this.#room();
         }
         if (cutter.error) throw cutter.error;
@@ -907,12 +931,12 @@ export class Session {
 
   /** Waits for the events to be taken, but no longer than a turn of the event loop. */
   async #room(): Promise<void> {
-    let timer;
+    let timer: Timer | undefined;
     await new Promise<void>((resolve) => {
       this.#drained = resolve;
-      timer = setTimeout(resolve);
+      timer = setTimeout(() => timer = setTimeout(resolve)); // behind every timer of this turn
     });
-    clearTimeout(timer);
+    stop(timer);
     if (this.#waiting > this.#maxQueue) {
       throw new IvrError("overflow", `Cannot keep more than ${this.#maxQueue} events: nobody takes them`);
     }
@@ -926,7 +950,7 @@ export class Session {
         this.#queue.push(event);
         return this.#collect();
       case "params":
-        if (this.#answered("", event.params)) return;
+        if (this.#answered(PARAMS, event.params)) return;
         break;
       case "variables":
         if (this.#answered(event.data.slice(0, event.data.indexOf("=")), event.data)) return;
@@ -939,16 +963,18 @@ export class Session {
       case "failed":
         this.#refused(event.reason);
         break;
-      case "inform":
-        if (event.message === "HANGUP") this.#hungUp();
-        break;
       case "hangup":
         this.#said = this.#leaving === "hangup" ? "hangup" : "caller";
-        this.#hungUp();
         break;
       case "exit":
         this.#said = "exit";
     }
+    this.#show(event);
+    if (event.type === "hangup" || event.type === "inform" && event.message === "HANGUP") this.#hungUp();
+  }
+
+  /** Gives an event to the iterator that waits for it, or lets it wait. */
+  #show(event: IvrEvent): void {
     if (this.#waiters.length && !this.#waiting) return this.#waiters.shift()!.resolve({ value: event, done: false });
     this.#queue.push(event);
     this.#deliver();
@@ -1055,24 +1081,27 @@ export class Session {
     let timer: Timer | undefined;
 
     const end = (reason: Gathered["reason"], terminator?: Digit) => {
-      clearTimeout(timer);
+      stop(timer);
       signal?.removeEventListener("abort", abort);
       silence();
       this.#collect = undefined;
       resolve({ digits, reason, ...terminator && { terminator } });
       this.#deliver(); // the keys that are left
     };
-    const abort = () => end("aborted");
+    const abort = () => {
+      collect();
+      if (this.#collect === collect) end("aborted");
+    };
     const silence = () => {
       if (playing && !this.#gone) this.interrupt();
       playing = false;
     };
     const wait = (ms: number) => {
-      clearTimeout(timer);
+      stop(timer);
       if (ms < Infinity) timer = later(() => end("timeout"), ms);
     };
     const collect = () => {
-      while (bargeIn || !playing || this.#gone) {
+      while (bargeIn || !playing || this.#gone || signal?.aborted) {
         const key = this.#takeKey();
         if (!key) return this.#gone ? end("hangup") : undefined;
         silence();
@@ -1091,13 +1120,14 @@ export class Session {
 
     while (options.flush && this.#takeKey());
     this.#collect = collect;
-    if (signal?.aborted) return abort();
+    if (signal?.aborted) return end("aborted");
     signal?.addEventListener("abort", abort);
     if (bargeIn || !files.length || this.#gone) collect();
     if (digits || this.#collect !== collect) return; // typed ahead
     playing = files.length > 0;
-    if (playing) Promise.all(files.map((file) => this.queue(file))).then(listen);
-    else wait(timeout);
+    if (!playing) wait(timeout);
+    let left = files.length;
+    for (const file of files) this.#send({ type: "queue", file }, () => --left || listen()).catch(ignore);
   }
 
   #prompt(command: IvrCommand): Promise<Outcome> {
@@ -1122,7 +1152,7 @@ export class Session {
         return reject(new IvrError("ended", "The call has ended"));
       } else {
         const number = ++this.#count;
-        let name = "";
+        let name = PARAMS;
         if (type === "get") name = command.names[0]!;
         else if (type !== "params") {
           name = `EIVR_ACK_${number}`;
@@ -1151,7 +1181,7 @@ export class Session {
       if (this.#broken || this.#ending) return;
       // Asterisk is gone, but its last words may still be on their way
       this.#broken = error ?? new Error("The stream of commands failed");
-      clearTimeout(this.#timer);
+      stop(this.#timer);
       this.#timer = later(() => this.#finish(), GRACE);
     });
   }
@@ -1159,7 +1189,7 @@ export class Session {
   /** Wakes Asterisk while something is awaited: a millisecond after anything moved, then ever more slowly. */
   #wake(delay = 1): void {
     if (this.#broken) return;
-    clearTimeout(this.#timer);
+    stop(this.#timer);
     if (!this.#asked.length && !this.#leaving) return;
     this.#timer = later(() => {
       this.#write("\n");
@@ -1171,8 +1201,8 @@ export class Session {
   #hungUp(): void {
     this.#settle("ended", Infinity);
     this.#gone = true;
-    this.#abort?.abort(gone());
     this.#collect?.();
+    this.#abort?.abort(gone());
   }
 
   #finish(error: unknown = this.#broken): void {
@@ -1181,26 +1211,27 @@ export class Session {
     const failed = error instanceof IvrError ? "error" : this.#leaving ?? "error";
     const by = this.#said ?? (error === undefined ? "disconnect" : failed);
     this.#ending = by === "error" ? { by, error } : { by };
-    clearTimeout(this.#timer);
+    stop(this.#timer);
     const ended = new IvrError("ended", "The call has ended", { cause: error });
     for (const asked of this.#asked.splice(0)) asked.reject(ended);
-    this.#hungUp();
-    this.#end?.(this.#ending);
-    this.#dismiss();
     this.#released = this.#release();
+    this.#end?.(this.#ending);
+    this.#hungUp();
+    this.#dismiss();
   }
 
   /** Closes both streams: what was sent goes out first, unless the session failed or the peer does not take it. */
   async #release(): Promise<void> {
-    if (this.#ending!.by === "error") {
-      this.#writer.abort(this.#ending!.error).catch(ignore);
+    const { by, error } = this.#ending!;
+    const grace = new Promise<void>((resolve) => this.#timer = later(resolve, GRACE));
+    if (by === "error") {
+      this.#writer.abort(error).catch(ignore);
     } else {
       // A socket that ends by itself, as Node's do, is to do so first: Deno fails when both close it in one turn
-      await new Promise((resolve) => setTimeout(resolve));
-      const grace = new Promise((resolve) => this.#timer = later(() => resolve(undefined), GRACE));
+      await new Promise<void>((resolve) => setTimeout(resolve));
       await Promise.race([grace, this.#writer.close().catch(ignore)]);
-      clearTimeout(this.#timer);
     }
-    await this.#reader.cancel().catch(ignore);
+    await Promise.race([grace, this.#reader.cancel().catch(ignore)]);
+    stop(this.#timer);
   }
 }

@@ -923,6 +923,118 @@ test("session: log takes any text, in lines that fit", () =>
     }
   }));
 
+test("session: what stands behind the last newline answers nothing, since it may be cut", async () => {
+  for (const rest of ["G,1,FOO=ba", "G,1,FOO", "Z,1", "F,1,a"]) {
+    await using host = wired();
+    const got = host.session.get("FOO");
+    const played = host.session.play("ab");
+    const gathered = host.session.gather();
+    host.writer.write(utf8(rest)).catch(() => {});
+    host.end();
+    await assert.rejects(got, code("ended"));
+    assert.equal(await played, "ended");
+    assert.deepEqual(await gathered, { digits: "", reason: "hangup" });
+    assert.deepEqual(await all(host.session), [parseEvent(rest)]);
+  }
+});
+
+test("session: a listener of the signal may close it, and the loop still has its events", async () => {
+  for (const last of ["H,2", "I,2,HANGUP", ""]) {
+    const host = wired();
+    const { session } = host;
+    const closed = new Promise<void>((resolve) =>
+      session.signal.addEventListener("abort", () => {
+        const closing = session.close();
+        assert.ok(closing instanceof Promise);
+        closing.then(resolve);
+      })
+    );
+    const events = all(session);
+    await new Promise((resolve) => setTimeout(resolve));
+    if (last) host.say(last);
+    else host.end();
+    await closed;
+    assert.deepEqual(await events, last ? [parseEvent(last)] : []);
+  }
+});
+
+test("session: a forged reply answers no question that was not asked for", async () => {
+  await using host = wired();
+  const params = host.session.params();
+  host.say("G,1,=boo", "G,1,==boo", "G,1,boo", "P,1,ivr://x");
+  assert.deepEqual(await params, ["ivr://x"]);
+});
+
+test("session: a wait that nobody looks at is no unhandled rejection", async () => {
+  const host = wired();
+  host.session[Symbol.asyncIterator]().next();
+  host.writer.abort(new Error("reset")).catch(() => {});
+  assert.equal((await host.session.closed).by, "error");
+  await host.session.close();
+});
+
+test("session: a consumer that takes an event a turn keeps up as well", async () => {
+  const host = wired({ maxQueue: 20 });
+  host.writer.write(utf8("F,1,x\n".repeat(300))).catch(() => {});
+  host.end();
+  let seen = 0;
+  for await (const _ of host.session) {
+    seen++;
+    await new Promise((resolve) => setTimeout(resolve));
+  }
+  assert.equal(seen, 300);
+  await host.session.close();
+});
+
+test("session: close ends in time, whatever the streams do", async () => {
+  const call = dialStreams(async () => {
+    const session = new Session({
+      readable: { getReader: () => ({ read: () => new Promise(() => {}), cancel: () => new Promise(() => {}) }) },
+      writable: {
+        getWriter: () => ({
+          write: () => new Promise(() => {}),
+          close: () => new Promise(() => {}),
+          abort: () => new Promise(() => {}),
+        }),
+      },
+    });
+    session.log("into the void");
+    await session.close();
+    assert.ok(call.host.at > 0.9 && call.host.at < 1.1);
+    call.host.hangUp();
+  });
+  await call.over();
+});
+
+test("gather: the hangup comes before the signal that tells of it, keys before an abort, and an end before a key", async () => {
+  const hungUp = dial(async (ivr) => {
+    assert.deepEqual(await ivr.gather({ signal: ivr.signal }), { digits: "1", reason: "hangup" });
+  });
+  hungUp.plan([[0.1, "press", "1"], [1, "hangup"]]);
+  await hungUp.over();
+
+  const aborted = dial(async (ivr) => {
+    const stop = new AbortController();
+    setTimeout(() => stop.abort(), 1000);
+    assert.deepEqual(await ivr.gather({ prompt: "long", bargeIn: false, signal: stop.signal }), {
+      digits: "12",
+      reason: "aborted",
+    });
+    await ivr.exit();
+  }, { sounds: SOUNDS });
+  aborted.plan([[0.1, "press", "12"]]);
+  await aborted.over();
+
+  await using host = wired();
+  const gathered = host.session.gather({ prompt: "a", maxDigits: 1 });
+  assert.equal(await host.hears(), "A,a");
+  const ack = (await host.hears()).replace("G,", "G,1,") + "=";
+  host.say(ack, "F,1,a", "7,1");
+  assert.deepEqual(await gathered, { digits: "7", reason: "maxDigits" });
+  host.session.log("next");
+  assert.equal(await host.hears(), "L,next"); // and no interrupt for a prompt that was over
+});
+
 // ---------------------------------------------------------------------------------------------------------
 // 5. Session and stand-in, in virtual time
 // ---------------------------------------------------------------------------------------------------------

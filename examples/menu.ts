@@ -92,11 +92,8 @@ function listen(address = ""): void {
   const bare = /^\d+$/.test(address) ? `:${address}` : isIPv6(address) ? `[${address}]` : address;
   const { 1: v6, 2: name, 3: port = "2949" } = /^(?:\[(.*)\]|([^:]*))(?::(\d+))?$/.exec(bare) ?? fail(address);
   if (Number(port) > 65535) fail(address);
-  // No delay: the empty line that wakes Asterisk is tiny. Half open: the session ends the connection
-  const server = createServer(
-    { noDelay: true, allowHalfOpen: true },
-    (socket) => void answer(webStreams(socket, socket)),
-  );
+  // No delay: the empty line that wakes Asterisk is tiny
+  const server = createServer({ noDelay: true }, (socket) => void answer(webStreams(socket, socket)));
   server.on("error", (error) => {
     console.error(`Cannot listen: ${error.message}`);
     process.exitCode = 1;

@@ -266,7 +266,7 @@ async function reach(application: string): Promise<Socket> {
     throw new Error(`Unable to locate host '${host}'`);
   });
   for (const { address } of addresses) {
-    const socket = connect({ host: address, port: Number(port), noDelay: true, allowHalfOpen: true });
+    const socket = connect({ host: address, port: Number(port), noDelay: true });
     const connected = await new Promise<boolean>((resolve) => {
       socket.once("connect", () => resolve(true));
       socket.once("error", () => resolve(false));
@@ -324,7 +324,7 @@ class Screen {
       return text.length > width ? text.slice(0, width - 1) + "…" : text;
     });
     const up = this.#height ? `\x1b[${this.#height}A\r` : "";
-    process.stdout.write(`${up}\x1b[J${lines.join("\r\n")}\r\n`);
+    process.stdout.write(`${up}${lines.map((line) => `${line}\x1b[K\r\n`).join("")}\x1b[J`);
     this.#height = lines.length;
   }
 
