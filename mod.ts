@@ -193,7 +193,7 @@ export function formatEvent(event: IvrEvent): string {
 }
 
 /** An event or command by the names of its fields. */
-type Fields = Record<string, unknown>;
+type Fields = { type: string; [field: string]: unknown };
 
 /** What no bytes can carry: half a character, or in Latin-1 one that it lacks. */
 const UNFIT = { "utf-8": /\p{Surrogate}/gu, latin1: /[^\0-\xff]/gu };
@@ -424,18 +424,21 @@ export interface Source {
   /** Takes the stream for this reader alone. */
   getReader(): {
     /** The next chunk, or `done`. */
-    read(): Promise<{ done: boolean; value?: Uint8Array }>;
+    read(): Promise<{ done: boolean; value?: Uint8Array | undefined }>;
     /** Gives the stream up. */
     cancel(reason?: unknown): Promise<void>;
   };
 }
+
+/** Bytes as a `TextEncoder` makes them: never of shared memory, which streams of some types refuse. */
+export type Bytes = ReturnType<InstanceType<typeof TextEncoder>["encode"]>;
 
 /** Where bytes go: a `WritableStream<Uint8Array>` of any runtime, or as much of one as is used. */
 export interface Sink {
   /** Takes the stream for this writer alone. */
   getWriter(): {
     /** Takes a chunk; settles when it went out. */
-    write(chunk: Uint8Array): Promise<void>;
+    write(chunk: Bytes): Promise<void>;
     /** Ends the stream after what was written. */
     close(): Promise<void>;
     /** Ends the stream at once. */
@@ -539,7 +542,7 @@ class Cutter {
   }
 }
 
-function encode(text: string, encoding: Encoding): Uint8Array {
+function encode(text: string, encoding: Encoding): Bytes {
   return encoding === "latin1" ? Uint8Array.from(text, (char) => char.charCodeAt(0)) : new TextEncoder().encode(text);
 }
 

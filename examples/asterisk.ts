@@ -39,6 +39,7 @@
 import { AsyncLocalStorage, AsyncResource } from "node:async_hooks";
 import { setImmediate } from "node:timers";
 import {
+  type Bytes,
   type Digit,
   type Encoding,
   formatEvent,
@@ -801,7 +802,7 @@ function utf8Bytes(text: string): string {
   return fromBytes(new TextEncoder().encode(text));
 }
 
-function toBytes(text: string): Uint8Array {
+function toBytes(text: string): Bytes {
   return Uint8Array.from(text, (char) => char.charCodeAt(0));
 }
 
