@@ -702,7 +702,7 @@ export class Session {
   #head = 0;
   #waiters: Waiter[] = [];
   #drained?: () => void;
-  #collect?: () => void; // the gather under way
+  #collect: (() => void) | undefined; // the gather under way
 
   // Writing: what waits to go out, what waits for an answer, what waits in the playlist, and the timer of the wake-ups
   #out = "";
@@ -864,12 +864,12 @@ export class Session {
   }
 
   /** Ends the call with a message for the log. Resolves when the stream has ended, whoever ended it. */
-  hangup(message?: string): Promise<void> {
+  hangup(message = "hangup"): Promise<void> {
     return this.send({ type: "hangup", message });
   }
 
   /** Goes on in the dialplan, with a message for the log. Resolves when the stream has ended, whoever ended it. */
-  exit(message?: string): Promise<void> {
+  exit(message = "exit"): Promise<void> {
     return this.send({ type: "exit", message });
   }
 
@@ -894,13 +894,13 @@ export class Session {
       next: () => {
         const value = left ? undefined : this.#next();
         if (value) return Promise.resolve({ value, done: false });
-        return quiet(() =>
-          new Promise((resolve, reject) => {
-            this.#waiters.push({ iterator, resolve, reject });
-            if (left) this.#dismiss(iterator);
-            else if (this.#ending) this.#dismiss();
-          })
-        );
+        const promise: Promise<IteratorResult<IvrEvent, undefined>> = new Promise((resolve, reject) => {
+          const fail = (error: unknown) => (promise.catch(ignore), reject(error));
+          this.#waiters.push({ iterator, resolve, reject: fail });
+        });
+        if (left) this.#dismiss(iterator);
+        else if (this.#ending) this.#dismiss();
+        return promise;
       },
       return: () => {
         left = true;
@@ -916,20 +916,29 @@ export class Session {
     try {
       for (;;) {
         const { done, value } = await this.#reader.read();
-        for (const line of cutter.cut(done ? undefined : value)) {
-          if (this.#ending) return;
-          const event = parseEvent(line);
-          // What stands behind the last newline may be cut: it may end the call, but it answers nothing
-          if (done && event.type !== "hangup" && event.type !== "exit") this.#show(event);
-          else this.#receive(event);
+        const lines = cutter.cut(done ? undefined : value);
+        let read = 0;
+        do {
+          read = this.#readLines(lines, read, done);
           if (this.#waiting > this.#maxQueue) await this.#room();
-        }
+        } while (read < lines.length);
         if (cutter.error) throw cutter.error;
         if (done) return this.#finish();
       }
     } catch (error) {
       this.#finish(error ?? new Error("The stream of events failed"));
     }
+  }
+
+  /** Reads lines until too many events wait, and tells how far it came. */
+  #readLines(lines: string[], from: number, last: boolean): number {
+    for (; from < lines.length && this.#waiting <= this.#maxQueue && !this.#ending; from++) {
+      const event = parseEvent(lines[from]!);
+      // What stands behind the last newline may be cut: it may end the call, but it answers nothing
+      if (last && event.type !== "hangup" && event.type !== "exit") this.#show(event);
+      else this.#receive(event);
+    }
+    return this.#ending ? lines.length : from;
   }
 
   /** Waits for the events to be taken, but no longer than a turn of the event loop. */
