@@ -615,7 +615,7 @@ interface Asked {
   /** Whether the answer is the user's, who sent the question bare. */
   bare?: boolean;
   /** What `S` or `A` plays. */
-  file?: string;
+  file: string | undefined;
   /** Whether it clears the playlist: once it is answered, every file before it is gone. */
   clears?: boolean;
   resolve(answer: unknown): void;
@@ -667,7 +667,8 @@ function quiet<T>(run: () => Promise<T>): Promise<T> {
  *
  * Two styles, alone or together: `for await (const event of session)` gives every event that nothing else asked for,
  * once and in order; and each command is a promise. Keys go to the {@linkcode Session.gather} under way, and wait for
- * the next one or for the iterator otherwise.
+ * the next one or for the iterator otherwise. (What became of each prompt waits for the iterator as well: a call that plays
+ * more than {@linkcode SessionOptions.maxQueue} prompts and never iterates overflows.)
  *
  * A command's promise resolves when Asterisk has carried it out and rejects with an {@linkcode IvrError}: `invalid` or
  * `too-long` before anything is sent, `refused` when Asterisk answers `Z`, `ended` when the call ends first. A promise
