@@ -2332,3 +2332,60 @@ test("menu: as a server it takes calls until a signal comes, and those under way
   assert.equal(await closed, 0);
   assert.equal(out, "");
 });
+
+/** Starts a program and waits for what it says once it listens: its port. */
+async function listening(command: string, args: string[]): Promise<{ port: number; stop: () => Promise<void> }> {
+  const group = command === "npx"; // which starts others
+  const child = spawn(command, args, { stdio: ["ignore", "pipe", "pipe"], detached: group });
+  const closed = new Promise((resolve) => child.once("close", resolve));
+  let said = "";
+  const port = await new Promise<number>((resolve, reject) => {
+    const look = (data: unknown) => {
+      said += data;
+      const [, port] =
+        /(?:Listening on|Waiting for calls on) .*?(\d+)\/?\s/.exec(said.replace(/\d+(?:\.\d+){3}:/, "")) ?? [];
+      if (port) resolve(Number(port));
+    };
+    child.stdout.on("data", look);
+    child.stderr.on("data", look);
+    child.once("close", () => reject(new Error(`${command} ended: ${said}`)));
+  });
+  return {
+    port,
+    stop: async () => {
+      process.kill(group ? -child.pid! : child.pid!, "SIGTERM");
+      await closed;
+    },
+  };
+}
+
+test("edge: a call over the relay and a WebSocket, and one that the caller ends", { timeout: 120_000 }, async () => {
+  const [deno, ...first] = "Deno" in globalThis ? [process.execPath] : ["npx", "-y", "deno@2.9.6"];
+  const edge = await listening(deno!, [
+    ...first,
+    "serve",
+    "--no-check",
+    "--host",
+    "127.0.0.1",
+    "--port",
+    "0",
+    example("edge.ts"),
+  ]);
+  const relay = await listening(process.execPath, [
+    ...runtime,
+    example("relay.ts"),
+    "--listen",
+    "127.0.0.1:0",
+    `ws://127.0.0.1:${edge.port}/`,
+  ]);
+  const [host, short] = [0, 1].map(async () =>
+    new Asterisk(await connected(relay.port), { sounds: () => 0.01, args: ["sales"] })
+  );
+  for (const key of "1234#2") (await host!).press(key as "1");
+  assert.equal(await (await host!).left, "continued");
+  assert.deepEqual((await host!).variables, { ACCOUNT: "1234", DEPARTMENT: "support" });
+  (await short!).hangUp();
+  assert.equal(await (await short!).left, "hungup");
+  await relay.stop();
+  await edge.stop();
+});
