@@ -47,6 +47,7 @@ import {
 // ---------------------------------------------------------------------------------------------------------
 
 const SEED = Number(process.env["SEED"] ?? Date.now() % 1_000_000_007);
+console.log(`SEED=${SEED}`);
 
 /** Random choices that can be repeated: SEED=… runs the same again. */
 class Random {

@@ -7,8 +7,8 @@
  * @module
  */
 
-import { IvrError, Session, type Sink, type Source } from "../mod.ts";
-import { menu } from "./menu.ts";
+import type { Sink, Source } from "../mod.ts";
+import { answer } from "./menu.ts";
 
 /** What Workers have for upgrades. */
 declare const WebSocketPair: undefined | (new () => { 0: WebSocket; 1: WebSocket & { accept(): void } });
@@ -46,18 +46,6 @@ export function webSocketStreams(socket: WebSocket): { readable: Source; writabl
   };
 }
 
-async function answer(socket: WebSocket): Promise<void> {
-  const ivr = new Session(webSocketStreams(socket));
-  try {
-    await menu(ivr);
-  } catch (error) {
-    const hungUp = error instanceof IvrError && error.code === "ended";
-    if (!hungUp) console.error(error);
-  } finally {
-    await ivr.close();
-  }
-}
-
 /** Deno's way to a WebSocket, or the Workers'. */
 function upgrade(request: Request): { socket: WebSocket; response: Response } {
   if (typeof WebSocketPair === "undefined") return Deno.upgradeWebSocket(request);
@@ -73,7 +61,7 @@ export default {
       return new Response("This answers telephone calls over WebSockets: see relay.ts\n", { status: 426 });
     }
     const { socket, response } = upgrade(request);
-    answer(socket);
+    answer(webSocketStreams(socket));
     return response;
   },
 };

@@ -56,7 +56,7 @@ async function ask(
 }
 
 /** Takes a call from its first event to its last. Never rejects: one call's failure is no other's. */
-async function answer(
+export async function answer(
   streams: { readable: Source; writable: Sink },
 ): Promise<void> {
   const ivr = new Session(streams);
