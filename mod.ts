@@ -119,15 +119,14 @@ const EVENTS = {
 export function parseEvent(line: string): IvrEvent {
   line = chomp(line);
   let at = 2;
-  while (line.charCodeAt(at) === 32) at++; // "%10d" pads with blanks on the left
-  const negative = line.charCodeAt(at) === 45;
-  if (negative) at++;
+  let code = line.charCodeAt(at);
+  while (code === 32) code = line.charCodeAt(++at); // "%10d" pads with blanks on the left
+  const negative = code === 45;
+  if (negative) code = line.charCodeAt(++at);
   const start = at;
   let timestamp = 0;
-  for (let digit; (digit = line.charCodeAt(at) - 48) >= 0 && digit <= 9; at++) {
-    timestamp = timestamp * 10 + digit;
-  }
-  if (at > start && line[1] === "," && Number.isSafeInteger(timestamp)) {
+  for (; code >= 48 && code <= 57; code = line.charCodeAt(++at)) timestamp = timestamp * 10 + code - 48;
+  if (at > start && line[1] === "," && timestamp <= Number.MAX_SAFE_INTEGER) {
     if (negative) timestamp = 0 - timestamp;
     const tag = line[0]!;
     if (at === line.length) {
@@ -144,7 +143,7 @@ export function parseEvent(line: string): IvrEvent {
         case "E":
           return { type: "exit", timestamp };
       }
-    } else if (line[at] === "," && ++at < line.length) {
+    } else if (code === 44 && ++at < line.length) {
       const data = line.slice(at);
       switch (tag) {
         case "F":
