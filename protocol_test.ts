@@ -2361,7 +2361,7 @@ async function listening(command: string, args: string[]): Promise<{ port: numbe
 }
 
 test("edge: a call over the relay and a WebSocket, and one that the caller ends", { timeout: 120_000 }, async () => {
-  const [deno, ...first] = "Deno" in globalThis ? [process.execPath] : ["npx", "-y", "deno@2.9.6"];
+  const [deno, ...first] = "Deno" in globalThis ? [process.execPath] : ["npx", "-y", "-p", "deno@2.9.6", "deno"];
   const edge = await listening(deno!, [
     ...first,
     "serve",
