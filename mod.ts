@@ -982,6 +982,7 @@ export class Session {
         this.#said = "exit";
     }
     this.#show(event);
+    if (this.#said) this.#expectEnd();
     if (event.type === "hangup" || event.type === "inform" && event.message === "HANGUP") this.#hungUp();
   }
 
@@ -1191,16 +1192,20 @@ export class Session {
       return this.#writer.write(bytes);
     }).catch((error) => {
       if (this.#broken || this.#ending) return;
-      // Asterisk is gone, but its last words may still be on their way
       this.#broken = error ?? new Error("The stream of commands failed");
-      stop(this.#timer);
-      this.#timer = later(() => this.#finish(), GRACE);
+      this.#expectEnd(); // Asterisk is gone, but its last words may still be on their way
     });
+  }
+
+  /** The stream of events is about to end: if it does not, we end it. */
+  #expectEnd(): void {
+    stop(this.#timer);
+    this.#timer = later(() => this.#finish(), GRACE);
   }
 
   /** Wakes Asterisk while something is awaited: a millisecond after anything moved, then ever more slowly. */
   #wake(delay = 1): void {
-    if (this.#broken) return;
+    if (this.#broken || this.#said) return;
     stop(this.#timer);
     if (!this.#asked.length && !this.#leaving) return;
     this.#timer = later(() => {

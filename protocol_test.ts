@@ -1007,6 +1007,24 @@ test("session: close ends in time, whatever the streams do", async () => {
   await call.over();
 });
 
+test("session: a peer that says H or E and does not end the stream is left after a second", async () => {
+  for (const [last, by] of [["H,1\n", "caller"], ["E,1\n", "exit"]] as const) {
+    const call = dialStreams(async () => {
+      const readable = new ReadableStream<Uint8Array>({ start: (controller) => controller.enqueue(utf8(last)) });
+      const session = new Session({ readable, writable: new WritableStream() });
+      const pending = session.set({ A: "1" });
+      if (by === "exit") await session.exit();
+      assert.deepEqual(await session.closed, { by });
+      await assert.rejects(pending, code("ended"));
+      assert.ok(call.host.at > 0.9 && call.host.at < 1.1);
+      await session.close();
+      call.host.hangUp();
+    });
+    await call.over();
+    assert.equal(call.clock.pending, 0);
+  }
+});
+
 test("gather: the hangup comes before the signal that tells of it, keys before an abort, and an end before a key", async () => {
   const hungUp = dial(async (ivr) => {
     assert.deepEqual(await ivr.gather({ signal: ivr.signal }), { digits: "1", reason: "hangup" });
