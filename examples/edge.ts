@@ -2,7 +2,7 @@
 
 /**
  * The menu at the edge: a `fetch` handler that answers calls over a WebSocket each. `relay.ts`, beside Asterisk, carries
- * them here. On Deno `deno serve --port 8080 examples/edge.ts`; as a Worker, the file as it stands.
+ * them here. On Deno `deno serve --port 8080 examples/edge.ts`; as a Worker, with `nodejs_compat`.
  *
  * @module
  */
