@@ -977,12 +977,13 @@ export class Session {
         break;
       case "hangup":
         this.#said = this.#leaving === "hangup" ? "hangup" : "caller";
+        this.#expectEnd();
         break;
       case "exit":
         this.#said = "exit";
+        this.#expectEnd();
     }
     this.#show(event);
-    if (this.#said) this.#expectEnd();
     if (event.type === "hangup" || event.type === "inform" && event.message === "HANGUP") this.#hungUp();
   }
 
@@ -1085,7 +1086,7 @@ export class Session {
     for (const [field, ms] of Object.entries({ timeout, interDigitTimeout })) {
       if (!(ms >= 0 && ms <= 0x7fffffff || ms === Infinity)) refuse(field, ms, "it has to be milliseconds");
     }
-    if (this.#collect) refuse("gather", "", "another one is under way");
+    if (this.#collect) refuse("gather", "now", "another one is under way");
     const files = [prompt].flat();
     for (const file of files) formatCommand({ type: "queue", file }, this.#encoding);
 

@@ -1025,6 +1025,24 @@ test("session: a peer that says H or E and does not end the stream is left after
   }
 });
 
+test("session: a peer that says H and goes on talking is left after the same second", async () => {
+  const call = dialStreams(async () => {
+    let talk!: ReadableStreamDefaultController<Uint8Array>;
+    const readable = new ReadableStream<Uint8Array>({ start: (controller) => void (talk = controller) });
+    const session = new Session({ readable, writable: new WritableStream() });
+    talk.enqueue(utf8("H,1\n"));
+    const talking = setInterval(() => talk.enqueue(utf8("1,1\n")), 300);
+    const events = all(session);
+    assert.deepEqual(await session.closed, { by: "caller" });
+    clearInterval(talking);
+    assert.ok(call.host.at > 0.9 && call.host.at < 1.1, `${call.host.at}`);
+    assert.deepEqual((await events).map(({ type }) => type), ["hangup", "dtmf", "dtmf", "dtmf"]);
+    await session.close();
+    call.host.hangUp();
+  });
+  await call.over();
+});
+
 test("gather: the hangup comes before the signal that tells of it, keys before an abort, and an end before a key", async () => {
   const hungUp = dial(async (ivr) => {
     assert.deepEqual(await ivr.gather({ signal: ivr.signal }), { digits: "1", reason: "hangup" });

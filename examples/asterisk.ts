@@ -369,7 +369,7 @@ export class Asterisk {
   /** A `D` that goes on: its timer, and the events that wait for its end. */
   #busy?: { timer: unknown; held: (() => void)[] };
   /** What the caller does while Asterisk waits for the rest of a line. */
-  #waiting: (() => void)[] = [];
+  #deferred: (() => void)[] = [];
   #planned: unknown[] = [];
 
   /** Begins a call over the IVR's streams: `readable` brings its commands, `writable` takes the events. */
@@ -426,7 +426,7 @@ export class Asterisk {
    */
   press(key: Digit): void {
     checkKey(key);
-    if (this.#line) return void this.#waiting.push(() => this.press(key));
+    if (this.#line) return void this.#deferred.push(() => this.press(key));
     if (this.#over || this.#gone || !this.#up) return;
     this.#note("caller", `presses ${key}`);
     if (this.#busy) return;
@@ -436,7 +436,7 @@ export class Asterisk {
 
   /** The caller hangs up. */
   hangUp(): void {
-    if (this.#line) return void this.#waiting.push(() => this.hangUp());
+    if (this.#line) return void this.#deferred.push(() => this.hangUp());
     if (this.#over || this.#gone) return;
     this.#note("caller", "hangs up");
     this.#gone = true;
@@ -566,16 +566,12 @@ export class Asterisk {
   #next(): void {
     this.#aborted = false;
     this.#playing = undefined;
-    for (
-      let file;
-      (file = this.#playlist[0]) !== undefined;
-      this.#playlist.shift()
-    ) {
+    for (let file; (file = this.#playlist[0]) !== undefined; this.#playlist.shift()) {
       if (this.#options.unreadable?.includes(file)) {
         this.#logs(`File '${file}' could not be opened`);
         continue;
       }
-      const length = this.#lengthOf(file)! * 1000;
+      const length = this.found.get(file)! * 1000; // known since it was queued
       this.#playing = { file, since: this.#clock.now(), length };
       this.#note("plays", file);
       this.#frame = this.#clock.setTimeout(() => this.#finished(file), length);
@@ -635,7 +631,7 @@ export class Asterisk {
         return this.#finish("hungup");
       }
       this.#carryOut(line);
-      for (const act of this.#waiting.splice(0)) act();
+      for (const act of this.#deferred.splice(0)) act();
     }
   }
 
