@@ -119,20 +119,21 @@ const EVENTS = {
 export function parseEvent(line: string): IvrEvent {
   line = chomp(line);
   let at = 2;
-  let code = line.charCodeAt(at);
-  while (code === 32) code = line.charCodeAt(++at); // "%10d" pads with blanks on the left
-  const negative = code === 45;
-  if (negative) code = line.charCodeAt(++at);
+  while (line[at] === " ") at++; // "%10d" pads with blanks on the left
+  const sign = line[at] === "-" ? -1 : 1;
+  if (sign < 0) at++;
   const start = at;
   let timestamp = 0;
-  for (; code >= 48 && code <= 57; code = line.charCodeAt(++at)) timestamp = timestamp * 10 + code - 48;
-  if (at > start && line[1] === "," && timestamp <= Number.MAX_SAFE_INTEGER) {
-    if (negative) timestamp = 0 - timestamp;
+  // Never past the end: where a code was once read there, JavaScriptCore reads all of them more slowly
+  for (; at < line.length; at++) {
+    const digit = line.charCodeAt(at) - 48;
+    if (digit < 0 || digit > 9) break;
+    timestamp = timestamp * 10 + sign * digit;
+  }
+  if (at > start && line[1] === "," && Number.isSafeInteger(timestamp)) {
     const tag = line[0]!;
     if (at === line.length) {
-      if (DIGITS.includes(tag)) {
-        return { type: "dtmf", timestamp, digit: tag as Digit };
-      }
+      if (DIGITS.includes(tag)) return { type: "dtmf", timestamp, digit: tag as Digit };
       switch (tag) {
         case "T":
           return { type: "interrupted", timestamp };
@@ -143,7 +144,7 @@ export function parseEvent(line: string): IvrEvent {
         case "E":
           return { type: "exit", timestamp };
       }
-    } else if (code === 44 && ++at < line.length) {
+    } else if (line[at] === "," && ++at < line.length) {
       const data = line.slice(at);
       switch (tag) {
         case "F":

@@ -149,6 +149,7 @@ const EVENTS: [string, IvrEvent][] = [
   ["H,         0", { type: "hangup", timestamp: 0 }],
   ["H,-2147483648", { type: "hangup", timestamp: -2147483648 }],
   ["1,        -1", { type: "dtmf", timestamp: -1, digit: "1" }],
+  ["H,9007199254740991", { type: "hangup", timestamp: 9007199254740991 }],
   ["F,2147483647,é€", { type: "finished", timestamp: 2147483647, file: "é€" }],
 ];
 
