@@ -88,18 +88,20 @@ export class IvrError extends Error {
 
 const DIGITS = "0123456789*#ABCD";
 
-/** The tag of each event, and the field that holds its data. */
-const EVENTS = {
-  finished: ["F", "file"],
-  interrupted: ["T", "file"],
-  dropped: ["D", "file"],
-  failed: ["Z", "reason"],
-  params: ["P", "params"],
-  variables: ["G", "data"],
-  inform: ["I", "message"],
-  hangup: ["H", ""],
-  exit: ["E", ""],
-} as const;
+/** The line of each event: its tag, which for keys is a field, and the fields behind it. */
+const EVENTS: Record<IvrEvent["type"], string> = {
+  dtmf: "digit,timestamp",
+  finished: "F,timestamp,file",
+  interrupted: "T,timestamp,file",
+  dropped: "D,timestamp,file",
+  failed: "Z,timestamp,reason",
+  params: "P,timestamp,params",
+  variables: "G,timestamp,data",
+  inform: "I,timestamp,message",
+  hangup: "H,timestamp",
+  exit: "E,timestamp",
+  unknown: "line",
+};
 
 /**
  * Reads one line from Asterisk, with or without its `\n` or `\r\n`. Never throws: what it does not understand is
@@ -183,42 +185,40 @@ export function parseEvent(line: string): IvrEvent {
  * ```
  */
 export function formatEvent(event: IvrEvent): string {
-  if (event.type === "unknown") return checked("line", event, event.line, parseEvent);
-  if (!Number.isSafeInteger(event.timestamp)) refuse("timestamp", event.timestamp, "it has to be an integer");
-  const time = String(event.timestamp).padStart(10);
-  if (event.type === "dtmf") return checked("digit", event, `${event.digit},${time}`, parseEvent);
-  const [tag, field] = EVENTS[event.type];
-  const data = (event as Fields)[field];
-  return checked(field, event, `${tag},${time}${data === undefined ? "" : `,${data}`}`, parseEvent);
+  const timestamp = String((event as Fields).timestamp).padStart(10);
+  return format(EVENTS[event.type], event, { timestamp }, parseEvent);
 }
 
 /** An event or command by the names of its fields. */
 type Fields = { type: string; [field: string]: unknown };
 
-/** What no bytes can carry: half a character, or in Latin-1 one that it lacks. */
-const UNFIT = { "utf-8": /\p{Surrogate}/gu, latin1: /[^\0-\xff]/gu };
+/** What no line can carry: what ends it, and half a character, or in Latin-1 one that it lacks. */
+const UNFIT = { "utf-8": /[\0\r\n\p{Surrogate}]/gu, latin1: /[\0\r\n]|[^\0-\xff]/gu };
 
-/** Lets out only what will be read as it was meant. */
-function checked(
-  field: string,
+/** Fills a form, some fields with texts, and lets the line out only if it will be read as it was meant. */
+function format(
+  form: string,
   meant: Fields,
-  line: string,
+  texts: Record<string, unknown>,
   parse: (line: string) => Fields,
   encoding: Encoding = "utf-8",
 ): string {
+  const fields = form.split(",");
+  const parts = fields.map((field) => texts[field] ?? meant[field]);
+  parts[0] ??= fields[0]; // a letter stands for itself
+  while (parts.at(-1) === undefined) parts.pop();
+  const line = parts.join().replace(UNFIT[encoding], "?"); // which then reads otherwise than it was meant
   const read = parse(line);
-  const value = JSON.stringify(meant[field]);
-  if (/[\0\r\n]/.test(line) || line.search(UNFIT[encoding]) >= 0) {
-    refuse(field, value, `it holds CR, LF, NUL or what ${encoding} lacks`);
-  }
-  if (meant.type !== read.type || value !== JSON.stringify(read[field])) {
-    refuse(field, value, `it would be read as ${JSON.stringify(read[field] ?? read.type)}`);
+  const same = (field: string) =>
+    meant[field] === read[field] || JSON.stringify(meant[field]) === JSON.stringify(read[field]);
+  if (!["type", ...fields].every(same)) {
+    refuse(form, JSON.stringify(meant), `it would be read as ${JSON.stringify(read)}`);
   }
   return line + "\n";
 }
 
-function refuse(field: string, value: unknown, rule: string, code: IvrErrorCode = "invalid"): never {
-  throw new IvrError(code, `Cannot use ${field} ${String(value).slice(0, 80)}: ${rule}`);
+function refuse(what: string, value: unknown, rule: string, code: IvrErrorCode = "invalid"): never {
+  throw new IvrError(code, `Cannot use ${what} ${String(value).slice(0, 80)}: ${rule}`);
 }
 
 function chomp(line: string): string {
@@ -263,21 +263,25 @@ export type Encoding = "utf-8" | "latin1";
 /** Asterisk cuts a longer line and runs the rest of it as the next command. */
 const MAX_COMMAND_BYTES = 1022;
 
-/** The letter of each command, and the field that holds its payload. */
-const COMMANDS = {
-  play: ["S", "file"],
-  queue: ["A", "file"],
-  interrupt: ["I", ""],
-  answer: ["T", ""],
-  dtmf: ["D", "digits"],
-  autoclear: ["O", "on"],
-  set: ["V", "variables"],
-  get: ["G", "names"],
-  params: ["P", ""],
-  log: ["L", "message"],
-  hangup: ["H", "message"],
-  exit: ["E", "message"],
-} as const;
+/** The line of each command: its letter and the fields behind it. Without a payload Asterisk ignores it. */
+const COMMANDS: Record<IvrCommand["type"], string> = {
+  play: "S,file",
+  queue: "A,file",
+  interrupt: "I,type",
+  answer: "T,type",
+  dtmf: "D,digits,interval,duration",
+  autoclear: "O,on",
+  set: "V,variables",
+  get: "G,names",
+  params: "P,type",
+  log: "L,message",
+  hangup: "H,message",
+  exit: "E,message",
+  unknown: "line",
+};
+
+/** What reads back as it was and is refused all the same: an empty name, an equals sign in one, a blank behind a value. */
+const FLAWS: { [type: string]: RegExp } = { set: /,=|[\0- ],/, get: /=|,[,\n]/ };
 
 /**
  * Reads one command as Asterisk does: a NUL ends it, blanks at its end are trimmed, only its first character and what
@@ -355,40 +359,29 @@ export function parseCommand(line: string): IvrCommand {
  * ```
  */
 export function formatCommand(command: IvrCommand, encoding: Encoding = "utf-8"): string {
-  const { type } = command;
-  if (type === "hangup" || type === "exit") command = { ...command, message: command.message ?? type };
-  const [letter, field] = type === "unknown" ? ["", "line"] : COMMANDS[type];
-  let payload = (command as Fields)[field] ?? type;
+  const form = COMMANDS[command.type];
+  let texts = {};
   switch (command.type) {
-    case "dtmf": {
-      const { digits, interval, duration } = command;
-      for (const [time, ms = 0] of Object.entries({ interval, duration })) {
-        if (!(Number.isSafeInteger(ms) && ms >= 0)) refuse(time, ms, "it has to be whole milliseconds");
-      }
-      payload = [digits, interval, duration].join().replace(/,+$/, "");
-      break;
-    }
     case "autoclear":
-      payload = command.on ? "autoclear" : "noautoclear";
+      texts = { on: command.on ? "autoclear" : "noautoclear" };
       break;
     case "set":
-      for (const [name, value] of Object.entries(command.variables)) {
-        checkName(field, name);
-        if (String(value).charCodeAt(String(value).length - 1) <= 32) refuse(field, value, "it ends in a blank");
-      }
-      payload = Object.entries(command.variables).map((pair) => pair.join("=")).join();
+      texts = { variables: Object.entries(command.variables).map((pair) => pair.join("=")) };
       break;
-    case "get":
-      for (const name of command.names) checkName(field, name);
+    case "hangup":
+    case "exit":
+      command = { ...command, message: command.message ?? command.type };
   }
-  const line = checked(field, command, letter + (letter && ",") + payload, parseCommand, encoding);
+  const line = format(form, command, texts, parseCommand, encoding);
+  if (FLAWS[command.type]?.test(line)) {
+    const rule = "a name is empty or holds an equals sign, or a value ends in a blank";
+    refuse(form, JSON.stringify(command), rule);
+  }
   const bytes = encode(line, encoding).length - 1;
-  if (bytes > MAX_COMMAND_BYTES) refuse(field, payload, `${bytes} bytes exceed ${MAX_COMMAND_BYTES}`, "too-long");
+  if (bytes > MAX_COMMAND_BYTES) {
+    refuse(form, JSON.stringify(command), `${bytes} bytes exceed ${MAX_COMMAND_BYTES}`, "too-long");
+  }
   return line;
-}
-
-function checkName(field: string, name: string): void {
-  if (/^$|=/.test(name)) refuse(field, `"${name}"`, "a variable's name is not empty and holds no equals sign");
 }
 
 /**

@@ -382,6 +382,9 @@ test("commands: what the wire cannot carry is refused, and the field is named", 
     ["invalid", "variables", { type: "set", variables: { A: "1,2" } }],
     ["invalid", "variables", { type: "set", variables: { A: "1\n2" } }],
     ["invalid", "variables", { type: "set", variables: { A: "1 " } }],
+    ["invalid", "variables", { type: "set", variables: { A: "1 ", B: "2" } }],
+    ["invalid", "variables", { type: "set", variables: { "": "1" } }],
+    ["invalid", "variables", { type: "set", variables: { A: "1", "": "2" } }],
     ["invalid", "variables", { type: "set", variables: { "A,B": "1" } }],
     ["invalid", "variables", { type: "set", variables: { "A=B": "1" } }],
     ["invalid", "variables", { type: "set", variables: { A: 1 } }],
@@ -389,7 +392,10 @@ test("commands: what the wire cannot carry is refused, and the field is named", 
     ["invalid", "names", { type: "get", names: [""] }],
     ["invalid", "names", { type: "get", names: ["A", ""] }],
     ["invalid", "names", { type: "get", names: ["", "A"] }],
+    ["invalid", "names", { type: "get", names: ["A", "", "B"] }],
     ["invalid", "names", { type: "get", names: ["A,B"] }],
+    ["invalid", "interval", { type: "dtmf", digits: "1", interval: "5" }],
+    ["invalid", "duration", { type: "dtmf", digits: "1", duration: null }],
     ["invalid", "names", { type: "get", names: ["A=B"] }],
     ["invalid", "line", { type: "unknown", line: "H,bye" }],
     ["invalid", "line", { type: "unknown", line: "Q\nH,bye" }],
@@ -407,6 +413,16 @@ test("commands: what the wire cannot carry is refused, and the field is named", 
   }
   assert.equal(utf8(formatCommand({ type: "play", file: long })).length, 1023);
   assert.equal(utf8(formatCommand({ type: "play", file: "é".repeat(510) })).length, 1023);
+});
+
+test("commands: fields in any order, and others that mean nothing", () => {
+  const command = { at: 5, duration: 80, digits: "1", interval: undefined, type: "dtmf" } as const;
+  assert.equal(formatCommand(command), "D,1,,80\n");
+  assert.equal(formatEvent({ file: undefined, at: 5, timestamp, type: "interrupted" } as IvrEvent), "T,1795372496\n");
+  for (const type of ["constructor", "toString", "__proto__", "", undefined]) {
+    assert.throws(() => formatCommand({ type } as unknown as IvrCommand), TypeError);
+    assert.throws(() => formatEvent({ type, timestamp } as unknown as IvrEvent), TypeError);
+  }
 });
 
 test("commands: Latin-1 counts a byte a character, and takes no other", () => {
