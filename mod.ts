@@ -119,7 +119,7 @@ const EVENTS: Record<IvrEvent["type"], string> = {
  * ```
  */
 export function parseEvent(line: string): IvrEvent {
-  line = chomp(line);
+  if (line.endsWith("\n")) line = line.replace(/\r?\n$/, "");
   let at = 2;
   while (line[at] === " ") at++; // "%10d" pads with blanks on the left
   const sign = line[at] === "-" ? -1 : 1;
@@ -221,10 +221,6 @@ function refuse(what: string, value: unknown, rule: string, code: IvrErrorCode =
   throw new IvrError(code, `Cannot use ${what} ${String(value).slice(0, 80)}: ${rule}`);
 }
 
-function chomp(line: string): string {
-  return line.endsWith("\n") ? line.slice(0, line.endsWith("\r\n") ? -2 : -1) : line;
-}
-
 // ---------------------------------------------------------------------------------------------------------
 // 2. Commands: application to Asterisk, `letter,payload`
 // ---------------------------------------------------------------------------------------------------------
@@ -298,10 +294,9 @@ const FLAWS: { [type: string]: RegExp } = { set: /,=|[\0- ],/, get: /=|,[,\n]/ }
  * ```
  */
 export function parseCommand(line: string): IvrCommand {
-  line = chomp(line);
   let end = line.indexOf("\0");
   if (end < 0) end = line.length;
-  while (end > 0 && line.charCodeAt(end - 1) <= 32) end--;
+  while (line.charCodeAt(end - 1) <= 32) end--;
   const payload = line.slice(2, end);
   switch (payload && line[0]) {
     case "S":
@@ -324,7 +319,7 @@ export function parseCommand(line: string): IvrCommand {
       if (!/^(no)?autoclear$/i.test(payload)) break;
       return { type: "autoclear", on: payload.length === "autoclear".length };
     case "V": {
-      const pairs = payload.split(",").map((pair) => /^([^=]*)=?(.*)$/s.exec(pair)!.slice(1));
+      const pairs = payload.split(",").map((pair) => /([^=]*)=?(.*)/s.exec(pair)!.slice(1));
       return { type: "set", variables: Object.fromEntries(pairs) };
     }
     case "G":
@@ -339,7 +334,7 @@ export function parseCommand(line: string): IvrCommand {
     case "X":
       return { type: "exit", message: payload };
   }
-  return { type: "unknown", line };
+  return { type: "unknown", line: line.replace(/\r?\n$/, "") };
 }
 
 /**
@@ -398,12 +393,13 @@ export function formatCommand(command: IvrCommand, encoding: Encoding = "utf-8")
  */
 export function parseVariables(data: string, names: string[]): Record<string, string> {
   const values: [string, string][] = [];
-  for (const [i, name] of names.entries()) {
-    if (!data.startsWith(name + "=")) break;
-    data = data.slice(name.length + 1);
-    const next = i + 1 < names.length ? data.indexOf(`,${names[i + 1]}=`) : -1;
-    values.push([name, next < 0 ? data : data.slice(0, next)]);
-    data = next < 0 ? "" : data.slice(next + 1);
+  const marks = names.map((name) => `,${name}=`);
+  let rest = "," + data;
+  while (marks.length && rest.startsWith(marks[0]!)) {
+    rest = rest.slice(marks.shift()!.length);
+    const [value] = rest.split(marks[0]!, 1) as [string]; // behind the last name nothing separates
+    values.push([names[values.length]!, value]);
+    rest = rest.slice(value.length);
   }
   return Object.fromEntries(values); // which takes "__proto__" as a name like any other
 }
