@@ -197,22 +197,20 @@ const UNFIT = { "utf-8": /[\0\r\n\p{Surrogate}]/gu, latin1: /[\0\r\n]|[^\0-\xff]
 
 /** Fills a form, some fields with texts, and lets the line out only if it will be read as it was meant. */
 function format(
-  form: string,
+  form: string | undefined,
   meant: Fields,
   texts: Record<string, unknown>,
   parse: (line: string) => Fields,
   encoding: Encoding = "utf-8",
 ): string {
-  const fields = form.split(",");
+  const fields = form?.split(",") ?? refuse("type", meant.type, "there is no such thing");
   const parts = fields.map((field) => texts[field] ?? meant[field]);
   parts[0] ??= fields[0]; // a letter stands for itself
   while (parts.at(-1) === undefined) parts.pop();
   const line = parts.join().replace(UNFIT[encoding], "?"); // which then reads otherwise than it was meant
   const read = parse(line);
-  const same = (field: string) =>
-    meant[field] === read[field] || JSON.stringify(meant[field]) === JSON.stringify(read[field]);
-  if (!["type", ...fields].every(same)) {
-    refuse(form, JSON.stringify(meant), `it would be read as ${JSON.stringify(read)}`);
+  if (["type", ...fields].some((field) => JSON.stringify(meant[field]) !== JSON.stringify(read[field]))) {
+    refuse(form!, JSON.stringify(meant), `it would arrive at best as ${JSON.stringify(read)}`);
   }
   return line + "\n";
 }
@@ -369,12 +367,11 @@ export function formatCommand(command: IvrCommand, encoding: Encoding = "utf-8")
   }
   const line = format(form, command, texts, parseCommand, encoding);
   if (FLAWS[command.type]?.test(line)) {
-    const rule = "a name is empty or holds an equals sign, or a value ends in a blank";
-    refuse(form, JSON.stringify(command), rule);
+    refuse(form, JSON.stringify(line), "a name is empty or holds an equals sign, or a value ends in a blank");
   }
   const bytes = encode(line, encoding).length - 1;
   if (bytes > MAX_COMMAND_BYTES) {
-    refuse(form, JSON.stringify(command), `${bytes} bytes exceed ${MAX_COMMAND_BYTES}`, "too-long");
+    refuse(form, JSON.stringify(line), `${bytes} bytes exceed ${MAX_COMMAND_BYTES}`, "too-long");
   }
   return line;
 }
@@ -393,13 +390,12 @@ export function formatCommand(command: IvrCommand, encoding: Encoding = "utf-8")
  */
 export function parseVariables(data: string, names: string[]): Record<string, string> {
   const values: [string, string][] = [];
-  const marks = names.map((name) => `,${name}=`);
-  let rest = "," + data;
-  while (marks.length && rest.startsWith(marks[0]!)) {
-    rest = rest.slice(marks.shift()!.length);
-    const [value] = rest.split(marks[0]!, 1) as [string]; // behind the last name nothing separates
-    values.push([names[values.length]!, value]);
-    rest = rest.slice(value.length);
+  for (const [i, name] of names.entries()) {
+    if (!data.startsWith(name + "=")) break;
+    data = data.slice(name.length + 1);
+    const next = i + 1 < names.length ? data.indexOf(`,${names[i + 1]}=`) : -1;
+    values.push([name, next < 0 ? data : data.slice(0, next)]);
+    data = next < 0 ? "" : data.slice(next + 1);
   }
   return Object.fromEntries(values); // which takes "__proto__" as a name like any other
 }

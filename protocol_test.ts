@@ -419,9 +419,13 @@ test("commands: fields in any order, and others that mean nothing", () => {
   const command = { at: 5, duration: 80, digits: "1", interval: undefined, type: "dtmf" } as const;
   assert.equal(formatCommand(command), "D,1,,80\n");
   assert.equal(formatEvent({ file: undefined, at: 5, timestamp, type: "interrupted" } as IvrEvent), "T,1795372496\n");
-  for (const type of ["constructor", "toString", "__proto__", "", undefined]) {
-    assert.throws(() => formatCommand({ type } as unknown as IvrCommand), TypeError);
-    assert.throws(() => formatEvent({ type, timestamp } as unknown as IvrEvent), TypeError);
+  for (const type of ["", "beep", undefined]) {
+    assert.throws(() => formatCommand({ type } as unknown as IvrCommand), code("invalid"));
+    assert.throws(() => formatEvent({ type, timestamp } as unknown as IvrEvent), code("invalid"));
+  }
+  for (const type of ["constructor", "toString", "__proto__"]) {
+    assert.throws(() => formatCommand({ type } as unknown as IvrCommand));
+    assert.throws(() => formatEvent({ type, timestamp } as unknown as IvrEvent));
   }
 });
 
