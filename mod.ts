@@ -593,16 +593,14 @@ export interface Gathered {
 
 /** A command that awaits its answer, a file that awaits its end, or first the one and then the other. */
 interface Asked {
-  /** Counts the commands. */
-  number: number;
   /** The variable whose `G` answers; none for `P`. */
   name: string;
-  /** Whether the answer is the user's, who sent the question bare. */
-  bare?: boolean;
+  /** Whether the answer is kept from the iterator. */
+  keeps: boolean;
   /** What `S` or `A` plays. */
   file: string | undefined;
   /** Whether it clears the playlist: once it is answered, every file before it is gone. */
-  clears?: boolean;
+  clears: boolean;
   resolve(answer: unknown): void;
   reject(error: IvrError): void;
   /** Tells what became of the file. */
@@ -743,17 +741,17 @@ export class Session {
    * and `queue` reject when the file is missing.
    */
   send(command: IvrCommand): Promise<void> {
-    return quiet(() => this.#send(command).then(ignore));
+    return this.#send(command);
   }
 
   /** Clears the playlist, plays the file, and resolves with what became of it. */
   play(file: string): Promise<Outcome> {
-    return this.#prompt({ type: "play", file });
+    return this.#send({ type: "play", file }, "outcome");
   }
 
   /** Plays the file after what waits in the playlist, and resolves with what became of it. */
   queue(file: string): Promise<Outcome> {
-    return this.#prompt({ type: "queue", file });
+    return this.#send({ type: "queue", file }, "outcome");
   }
 
   /** Stops and clears the playlist (Asterisk 11). */
@@ -809,7 +807,7 @@ export class Session {
     return quiet(async () => {
       const questions = names.map((name): IvrCommand => ({ type: "get", names: [name] }));
       for (const question of questions) formatCommand(question, this.#encoding); // all are good before the first goes out
-      const answers = await Promise.all(questions.map((question) => this.#send<string>(question, ignore, false)));
+      const answers = await Promise.all(questions.map((question) => this.#send<string>(question, "reply")));
       const values = Object.fromEntries(names.map((name, i) => [name, answers[i]!.slice(name.length + 1)]));
       const cut = names.find((_, i) => encode(answers[i]!, this.#encoding).length >= 2046);
       if (cut === undefined) return values;
@@ -821,7 +819,7 @@ export class Session {
 
   /** The dialplan's call: the command itself (`ivr://host` or the program's path) and its arguments. */
   params(): Promise<string[]> {
-    return quiet(() => this.#send<string[]>({ type: "params" }, ignore, false));
+    return this.#send({ type: "params" }, "reply");
   }
 
   /**
@@ -943,10 +941,6 @@ export class Session {
   /** Gives an event to who asked for it; everything else goes to the iterator. */
   #receive(event: IvrEvent): void {
     switch (event.type) {
-      case "dtmf":
-        if (!this.#collect) break;
-        this.#queue.push(event);
-        return this.#collect();
       case "params":
         if (this.#answered(PARAMS, event.params)) return;
         break;
@@ -971,11 +965,14 @@ export class Session {
     }
     this.#show(event);
     if (event.type === "hangup" || event.type === "inform" && event.message === "HANGUP") this.#hungUp();
+    this.#collect?.();
   }
 
   /** Gives an event to the iterator that waits for it, or lets it wait. */
   #show(event: IvrEvent): void {
-    if (this.#waiters.length && !this.#waiting) return this.#waiters.shift()!.resolve({ value: event, done: false });
+    if (this.#waiters.length && !this.#waiting && !this.#collect) {
+      return this.#waiters.shift()!.resolve({ value: event, done: false });
+    }
     this.#queue.push(event);
     this.#deliver();
   }
@@ -985,15 +982,14 @@ export class Session {
     const at = this.#asked.findIndex((asked) => asked.name === name);
     if (at < 0) return false;
     const [asked] = this.#asked.splice(at, 1) as [Asked];
-    if (asked.clears) this.#settle("skipped", this.#prompts.filter(({ number }) => number < asked.number).length);
+    if (asked.clears) this.#settle("skipped", this.#prompts.indexOf(asked) + (asked.file ? 0 : 1));
     asked.resolve(answer);
     this.#wake();
-    return !asked.bare;
+    return asked.keeps;
   }
 
   /** A file left the playlist. What should have left before it, and did not say so, was skipped. */
   #moved(outcome: Outcome, file?: string): void {
-    if (!this.#prompts.length) return;
     const at = this.#prompts.findIndex((prompt) => file === undefined || prompt.file === file);
     if (at < 0) return;
     this.#settle("skipped", at);
@@ -1001,8 +997,15 @@ export class Session {
   }
 
   /** Tells what became of the first files of the playlist. */
-  #settle(outcome: Outcome, count: number): void {
+  #settle(outcome: Outcome, count = Infinity): void {
     for (const prompt of this.#prompts.splice(0, count)) prompt.settle(outcome);
+  }
+
+  /** What is still awaited comes to nothing. */
+  #abandon(cause?: unknown): void {
+    const error = new IvrError("ended", "The call has ended", { cause });
+    for (const asked of this.#asked.splice(0)) asked.reject(error);
+    this.#settle("ended");
   }
 
   /** A `Z` is the command's whose acknowledgement comes next. */
@@ -1061,112 +1064,116 @@ export class Session {
   }
 
   #gather(options: GatherOptions, resolve: (gathered: Gathered) => void): void {
-    const { prompt = [], maxDigits, terminators = "#", timeout = 5000, bargeIn = true, signal } = options;
+    const { prompt = [], maxDigits = Infinity, terminators = "#", timeout = 5000, bargeIn = true, signal } = options;
     const { interDigitTimeout = timeout } = options;
-    if (maxDigits !== undefined && !(Number.isInteger(maxDigits) && maxDigits > 0)) {
+    if (maxDigits !== Infinity && !(Number.isInteger(maxDigits) && maxDigits > 0)) {
       refuse("maxDigits", maxDigits, "it has to be a whole number above zero");
+    }
+    for (const [field, ms] of Object.entries({ timeout, interDigitTimeout })) {
+      if (!(ms >= 0)) refuse(field, ms, "it has to be milliseconds");
     }
     for (const key of terminators) {
       if (!DIGITS.includes(key)) refuse("terminators", key, "no such key");
     }
-    for (const [field, ms] of Object.entries({ timeout, interDigitTimeout })) {
-      if (!(ms >= 0 && ms <= 0x7fffffff || ms === Infinity)) refuse(field, ms, "it has to be milliseconds");
-    }
     if (this.#collect) refuse("gather", "now", "another one is under way");
-    const files = [prompt].flat();
-    for (const file of files) formatCommand({ type: "queue", file }, this.#encoding);
+    const files = [prompt].flat(); // those that are still to be queued
+    for (const file of files) formatCommand({ type: "queue", file }, this.#encoding); // all are good before one is sent
 
+    let playing: Asked[] = [];
     let digits = "";
-    let playing = false;
+    let late = false;
     let timer: Timer | undefined;
-
-    const end = (reason: Gathered["reason"], terminator?: Digit) => {
-      stop(timer);
-      signal?.removeEventListener("abort", abort);
-      silence();
-      this.#collect = undefined;
-      resolve({ digits, reason, ...terminator && { terminator } });
-      this.#deliver(); // the keys that are left
-    };
-    const abort = () => {
-      collect();
-      if (this.#collect === collect) end("aborted");
-    };
-    const silence = () => {
-      if (playing && !this.#gone) this.interrupt();
-      playing = false;
-    };
     const wait = (ms: number) => {
       stop(timer);
-      if (ms < Infinity) timer = later(() => end("timeout"), ms);
+      if (ms < 2 ** 31) timer = later(() => (late = true, collect()), ms); // a longer one would go off at once
     };
+    // Looks at all there is to know, whatever has changed
     const collect = () => {
-      while (bargeIn || !playing || this.#gone || signal?.aborted) {
-        const key = this.#takeKey();
-        if (!key) return this.#gone ? end("hangup") : undefined;
-        silence();
-        if (terminators.includes(key)) return end("terminator", key);
-        digits += key;
-        if (digits.length === maxDigits) return end("maxDigits");
-        wait(interDigitTimeout);
+      const over = this.#gone ? "hangup" : signal?.aborted ? "aborted" : late ? "timeout" : undefined;
+      let reason: Gathered["reason"] | undefined;
+      let terminator: Digit | undefined;
+      playing = playing.filter((prompt) => this.#prompts.includes(prompt));
+      const takes = over || bargeIn || !playing.length && !files.length;
+      for (let key; takes && !reason && (key = this.#takeKey());) {
+        if (terminators.includes(key)) {
+          terminator = key;
+          reason = "terminator";
+        } else {
+          digits += key;
+          if (digits.length === maxDigits) reason = "maxDigits";
+          else wait(interDigitTimeout);
+        }
       }
-    };
-    const listen = () => {
-      if (!playing) return;
-      playing = false;
-      wait(timeout);
-      collect();
+      reason ??= over;
+      if (playing.length && (digits || reason)) {
+        playing = [];
+        if (!this.#gone) this.interrupt();
+      }
+      if (reason) {
+        stop(timer);
+        signal?.removeEventListener("abort", collect);
+        this.#collect = undefined;
+        resolve({ digits, reason, ...terminator && { terminator } });
+        this.#deliver(); // the keys that are left
+      } else if (!digits) {
+        const before = this.#prompts.length;
+        for (const file of files.splice(0)) this.queue(file);
+        playing.push(...this.#prompts.slice(before));
+        if (!playing.length && !timer) wait(timeout);
+      }
     };
 
     while (options.flush && this.#takeKey());
     this.#collect = collect;
-    if (signal?.aborted) return end("aborted");
-    signal?.addEventListener("abort", abort);
-    if (bargeIn || !files.length || this.#gone) collect();
-    if (digits || this.#collect !== collect) return; // typed ahead
-    playing = files.length > 0;
-    if (!playing) wait(timeout);
-    let left = files.length;
-    for (const file of files) this.#send({ type: "queue", file }, () => --left || listen()).catch(ignore);
+    signal?.addEventListener("abort", collect);
+    collect();
   }
 
-  #prompt(command: IvrCommand): Promise<Outcome> {
-    return quiet(() => new Promise((settle, reject) => this.#send(command, settle).catch(reject)));
-  }
-
-  /** Sends a command, with a question behind it if it has no answer of its own. */
-  #send<Answer>(
-    command: IvrCommand,
-    settle: (outcome: Outcome) => void = ignore,
-    bare = command.type === "get" || command.type === "params",
-  ): Promise<Answer> {
-    return new Promise<unknown>((resolve, reject) => {
-      let lines = formatCommand(command, this.#encoding);
-      const { type } = command;
-      if (type === "hangup" || type === "exit") {
-        resolve(this.closed);
-        if (this.#leaving || this.#ending) return;
-        this.#leaving = type;
-      } else if (this.#ending) {
-        settle("ended");
-        return reject(new IvrError("ended", "The call has ended"));
-      } else {
-        const number = ++this.#count;
-        let name = PARAMS;
-        if (type === "get") name = command.names[0]!;
-        else if (type !== "params") {
-          name = `EIVR_ACK_${number}`;
-          lines += `G,${name}\n`;
+  /**
+   * Sends a command, with a question behind it if it has no answer of its own. What it promises: that the command is
+   * done, the reply to it, or what became of its file.
+   */
+  #send<Result = void>(command: IvrCommand, wanted: "done" | "reply" | "outcome" = "done"): Promise<Result> {
+    return quiet(() =>
+      new Promise<unknown>((resolve, reject) => {
+        let lines = formatCommand(command, this.#encoding);
+        const { type } = command;
+        if (type === "hangup" || type === "exit") {
+          resolve(this.closed.then(ignore));
+          if (this.#leaving || this.#ending) return;
+          this.#leaving = type;
+        } else {
+          const asks = type === "get" || type === "params";
+          let name = PARAMS;
+          if (type === "get") name = command.names[0]!;
+          else if (!asks) {
+            name = `EIVR_ACK_${++this.#count}`;
+            lines += `G,${name}\n`;
+          }
+          const file = type === "play" || type === "queue" ? command.file : undefined;
+          const clears = type === "play" || type === "interrupt";
+          const asked: Asked = {
+            name,
+            file,
+            clears,
+            keeps: !asks || wanted === "reply",
+            resolve: ignore,
+            reject: ignore,
+            settle: ignore,
+          };
+          if (wanted === "outcome") asked.settle = resolve;
+          else {
+            asked.resolve = wanted === "reply" ? resolve : () => resolve(undefined);
+            asked.reject = reject;
+          }
+          this.#asked.push(asked);
+          if (file || clears) this.#prompts.push(asked);
+          if (this.#ending) return this.#abandon();
         }
-        const file = type === "play" || type === "queue" ? command.file : undefined;
-        const clears = type === "play" || type === "interrupt";
-        const asked: Asked = { number, name, bare, file, clears, settle, resolve, reject };
-        this.#asked.push(asked);
-        if (file) this.#prompts.push(asked);
-      }
-      this.#write(lines);
-      this.#wake();
-    }) as Promise<Answer>;
+        this.#write(lines);
+        this.#wake();
+      })
+    ) as Promise<Result>;
   }
 
   /** Writes what is sent in one turn in one go. */
@@ -1203,7 +1210,7 @@ export class Session {
 
   /** The caller is gone, and nothing plays any more, even if the call is still ours. */
   #hungUp(): void {
-    this.#settle("ended", Infinity);
+    this.#settle("ended");
     this.#gone = true;
     this.#collect?.();
     this.#abort?.abort(gone());
@@ -1216,8 +1223,7 @@ export class Session {
     const by = this.#said ?? (error === undefined ? "disconnect" : failed);
     this.#ending = by === "error" ? { by, error } : { by };
     stop(this.#timer);
-    const ended = new IvrError("ended", "The call has ended", { cause: error });
-    for (const asked of this.#asked.splice(0)) asked.reject(ended);
+    this.#abandon(error);
     this.#released = this.#release();
     this.#end?.(this.#ending);
     this.#hungUp();
@@ -1228,14 +1234,14 @@ export class Session {
   async #release(): Promise<void> {
     const { by, error } = this.#ending!;
     const grace = new Promise<void>((resolve) => this.#timer = later(resolve, GRACE));
-    if (by === "error") {
-      this.#writer.abort(error).catch(ignore);
-    } else {
+    const ended = (ending: Promise<void>) => Promise.race([grace, ending.catch(ignore)]);
+    if (by === "error") ended(this.#writer.abort(error));
+    else {
       // A socket that ends by itself, as Node's do, is to do so first: Deno fails when both close it in one turn
       await new Promise<void>((resolve) => setTimeout(resolve));
-      await Promise.race([grace, this.#writer.close().catch(ignore)]);
+      await ended(this.#writer.close());
     }
-    await Promise.race([grace, this.#reader.cancel().catch(ignore)]);
+    await ended(this.#reader.cancel());
     stop(this.#timer);
   }
 }
