@@ -462,8 +462,8 @@ export async function* lines(readable: Source, options: LinesOptions = {}): Asyn
   try {
     for (;;) {
       const { done, value } = await reader.read();
-      yield* cutter.cut(done ? undefined : value);
-      if (cutter.error) throw cutter.error;
+      cutter.add(done ? undefined : value);
+      for (let line; (line = cutter.line()) !== undefined;) yield line;
       if (done) return;
     }
   } finally {
@@ -473,36 +473,44 @@ export async function* lines(readable: Source, options: LinesOptions = {}): Asyn
 
 /** Cuts chunks into lines. */
 class Cutter {
-  /** Set once a line was too long: what came before it is to be used first. */
-  error?: IvrError;
   #encoding: Encoding;
   #maxLine: number;
   #utf8?: InstanceType<typeof TextDecoder>; // made with the first bytes: a quiet call costs none
-  #rest = "";
+  #text = ""; // the chunk that is being cut, from where on
+  #from = 0;
+  #rest = ""; // a line that is not complete yet
 
   constructor({ encoding = "utf-8", maxLine = 65536 }: LinesOptions) {
     this.#encoding = encoding;
     this.#maxLine = maxLine;
   }
 
-  /** The lines that a chunk completes; at the end of the stream, without a chunk, the last. */
-  cut(chunk?: Uint8Array): string[] {
-    const text = this.#decode(chunk);
-    const lines: string[] = [];
-    let from = 0;
-    for (let to; (to = text.indexOf("\n", from)) >= 0; from = to + 1) {
-      let line = text.slice(from, to);
-      if (this.#rest) {
-        line = this.#rest + line;
-        this.#rest = "";
-      }
-      if (line.charCodeAt(line.length - 1) === 13) line = line.slice(0, -1);
-      if (this.#tooLong(line)) return lines;
-      lines.push(line);
+  /** Takes the next chunk, once the lines of the last are taken; at the end of the stream none. */
+  add(chunk?: Uint8Array): void {
+    this.#text = this.#decode(chunk);
+    this.#from = 0;
+    if (!chunk && (this.#rest || this.#text)) this.#text += "\n";
+  }
+
+  /** The next line that is complete. */
+  line(): string | undefined {
+    const to = this.#text.indexOf("\n", this.#from);
+    if (to < 0) {
+      this.#rest += this.#text.slice(this.#from); // never searched again
+      this.#text = "";
+      this.#from = 0;
+      if (this.#rest.length > this.#maxLine + 1) this.#fail(this.#rest); // one more may be a CR
+      return undefined;
     }
-    this.#rest += text.slice(from); // never searched again
-    if (!this.#tooLong(this.#rest) && !chunk && this.#rest) lines.push(this.#rest);
-    return lines;
+    let line = this.#text.slice(this.#from, to);
+    this.#from = to + 1;
+    if (this.#rest) {
+      line = this.#rest + line;
+      this.#rest = "";
+    }
+    if (line.charCodeAt(line.length - 1) === 13) line = line.slice(0, -1);
+    if (line.length > this.#maxLine) this.#fail(line);
+    return line;
   }
 
   #decode(chunk?: Uint8Array): string {
@@ -518,12 +526,9 @@ class Cutter {
     return this.#utf8.decode(chunk, { stream: !!chunk });
   }
 
-  #tooLong(line: string): boolean {
-    if (line.length <= this.#maxLine) return false;
-    if (line.length === this.#maxLine + 1 && line.endsWith("\r")) return false; // its newline may be in the next chunk
+  #fail(line: string): never {
     const rule = `more than ${this.#maxLine} characters in a line`;
-    this.error = new IvrError("too-long", `Cannot read "${line.slice(0, 80)}…": ${rule}`);
-    return true;
+    throw new IvrError("too-long", `Cannot read "${line.slice(0, 80)}…": ${rule}`);
   }
 }
 
@@ -900,29 +905,19 @@ export class Session {
     try {
       for (;;) {
         const { done, value } = await this.#reader.read();
-        const lines = cutter.cut(done ? undefined : value);
-        let read = 0;
-        do {
-          read = this.#readLines(lines, read, done);
+        cutter.add(done ? undefined : value);
+        for (let line; !this.#ending && (line = cutter.line()) !== undefined;) {
+          const event = parseEvent(line);
+          // What stands behind the last newline may be cut: it may end the call, but it answers nothing
+          if (done && event.type !== "hangup" && event.type !== "exit") this.#show(event);
+          else this.#receive(event);
           if (this.#waiting > this.#maxQueue) await this.#room();
-        } while (read < lines.length);
-        if (cutter.error) throw cutter.error;
+        }
         if (done) return this.#finish();
       }
     } catch (error) {
       this.#finish(error ?? new Error("The stream of events failed"));
     }
-  }
-
-  /** Reads lines until too many events wait, and tells how far it came. */
-  #readLines(lines: string[], from: number, last: boolean): number {
-    for (; from < lines.length && this.#waiting <= this.#maxQueue && !this.#ending; from++) {
-      const event = parseEvent(lines[from]!);
-      // What stands behind the last newline may be cut: it may end the call, but it answers nothing
-      if (last && event.type !== "hangup" && event.type !== "exit") this.#show(event);
-      else this.#receive(event);
-    }
-    return this.#ending ? lines.length : from;
   }
 
   /** Waits for the events to be taken, but no longer than a turn of the event loop. */
