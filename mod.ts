@@ -619,6 +619,45 @@ interface Waiter {
   reject(error: unknown): void;
 }
 
+/** What waits, and what waits behind it. */
+interface Link<T> {
+  item: T;
+  next: Link<T> | undefined;
+}
+
+/** What waits, the oldest first. Taking it out costs the same however long the queue is, also from its middle. */
+class Queue<T> {
+  size = 0;
+  #oldest?: Link<T> | undefined;
+  #newest?: Link<T> | undefined;
+
+  push(item: T): void {
+    const link = { item, next: undefined };
+    if (this.#newest) this.#newest.next = link;
+    else this.#oldest = link;
+    this.#newest = link;
+    this.size++;
+  }
+
+  /** Takes out the oldest, or the oldest that is wanted. */
+  take(wanted?: (item: T) => boolean): T | undefined {
+    let before: Link<T> | undefined;
+    let link = this.#oldest;
+    for (; link && wanted && !wanted(link.item); link = link.next) before = link;
+    if (!link) return undefined;
+    if (before) before.next = link.next;
+    else this.#oldest = link.next;
+    if (!link.next) this.#newest = before;
+    link.next = undefined; // or an old one that is garbage would keep the young ones behind it
+    this.size--;
+    return link.item;
+  }
+}
+
+const isKey = (event: IvrEvent): boolean => event.type === "dtmf";
+
+const isNoKey = (event: IvrEvent): boolean => event.type !== "dtmf";
+
 /** What the answer to `P` goes by: no variable has this name. */
 const PARAMS = "=";
 
@@ -686,10 +725,9 @@ export class Session {
   #encoding: Encoding;
   #maxQueue: number;
 
-  // Reading: the events that wait for the iterator or a gather, from the head on, or the iterators that wait for an event
-  #queue: IvrEvent[] = [];
-  #head = 0;
-  #waiters: Waiter[] = [];
+  // Reading: the events that wait for the iterator or a gather, or the iterators that wait for an event
+  #events = new Queue<IvrEvent>();
+  #waiters = new Queue<Waiter>();
   #drained?: () => void;
   #collect: (() => void) | undefined; // the gather under way
 
@@ -911,7 +949,7 @@ export class Session {
           // What stands behind the last newline may be cut: it may end the call, but it answers nothing
           if (done && event.type !== "hangup" && event.type !== "exit") this.#show(event);
           else this.#receive(event);
-          if (this.#waiting > this.#maxQueue) await this.#room();
+          if (this.#events.size > this.#maxQueue) await this.#room();
         }
         if (done) return this.#finish();
       }
@@ -928,7 +966,7 @@ export class Session {
       timer = setTimeout(() => timer = setTimeout(resolve)); // behind every timer of this turn
     });
     stop(timer);
-    if (this.#waiting > this.#maxQueue) {
+    if (this.#events.size > this.#maxQueue) {
       throw new IvrError("overflow", `Cannot keep more than ${this.#maxQueue} events: nobody takes them`);
     }
   }
@@ -965,10 +1003,10 @@ export class Session {
 
   /** Gives an event to the iterator that waits for it, or lets it wait. */
   #show(event: IvrEvent): void {
-    if (this.#waiters.length && !this.#waiting && !this.#collect) {
-      return this.#waiters.shift()!.resolve({ value: event, done: false });
+    if (this.#waiters.size && !this.#events.size && !this.#collect) {
+      return this.#waiters.take()!.resolve({ value: event, done: false });
     }
-    this.#queue.push(event);
+    this.#events.push(event);
     this.#deliver();
   }
 
@@ -1013,47 +1051,28 @@ export class Session {
     this.#prompts = this.#prompts.filter((prompt) => prompt !== asked);
   }
 
-  /** How many events wait. */
-  get #waiting(): number {
-    return this.#queue.length - this.#head;
-  }
-
-  /** Takes the oldest event that waits, or the oldest that is a key or is none. */
-  #take(isKey?: boolean): IvrEvent | undefined {
-    const queue = this.#queue;
-    let at = this.#head;
-    while (isKey !== undefined && at < queue.length && (queue[at]!.type === "dtmf") !== isKey) at++;
-    if (at === queue.length) return undefined;
-    const event = queue[at];
-    if (at > this.#head) queue.splice(at, 1);
-    else if (++this.#head * 2 > queue.length) {
-      this.#queue = queue.slice(this.#head);
-      this.#head = 0;
-      if (!this.#queue.length) this.#drained?.();
-    }
-    return event;
-  }
-
   #takeKey(): Digit | undefined {
-    return (this.#take(true) as IvrEvent & { type: "dtmf" } | undefined)?.digit;
+    return (this.#events.take(isKey) as IvrEvent & { type: "dtmf" } | undefined)?.digit;
   }
 
   /** The oldest event that the iterator may have: not a key while a gather is under way. */
   #next(): IvrEvent | undefined {
-    return this.#collect ? this.#take(false) : this.#take();
+    const event = this.#events.take(this.#collect && isNoKey);
+    if (!this.#events.size) this.#drained?.();
+    return event;
   }
 
   #deliver(): void {
-    for (let value; this.#waiters.length && (value = this.#next());) {
-      this.#waiters.shift()!.resolve({ value, done: false });
+    for (let value; this.#waiters.size && (value = this.#next());) {
+      this.#waiters.take()!.resolve({ value, done: false });
     }
   }
 
   /** Ends the waits of one iterator, or of all when the call is over. */
   #dismiss(iterator?: unknown): void {
-    for (const waiter of this.#waiters.splice(0)) {
-      if (iterator && waiter.iterator !== iterator) this.#waiters.push(waiter);
-      else if (!iterator && this.#ending?.by === "error") waiter.reject(this.#ending.error);
+    const wanted = (waiter: Waiter) => !iterator || waiter.iterator === iterator;
+    for (let waiter; (waiter = this.#waiters.take(wanted));) {
+      if (!iterator && this.#ending?.by === "error") waiter.reject(this.#ending.error);
       else waiter.resolve({ value: undefined, done: true });
     }
   }
