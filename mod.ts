@@ -120,21 +120,26 @@ const EVENTS: Record<IvrEvent["type"], string> = {
  */
 export function parseEvent(line: string): IvrEvent {
   if (line.endsWith("\n")) line = line.replace(/\r?\n$/, "");
-  let at = 2;
-  while (line[at] === " ") at++; // "%10d" pads with blanks on the left
-  const sign = line[at] === "-" ? -1 : 1;
+  return eventIn(line, 0, line.length);
+}
+
+/** The event of the line that stands between two places of a text, which need not be cut out first. */
+function eventIn(text: string, from: number, to: number): IvrEvent {
+  let at = from + 2;
+  while (text[at] === " ") at++; // "%10d" pads with blanks on the left
+  const sign = text[at] === "-" ? -1 : 1;
   if (sign < 0) at++;
   const start = at;
   let timestamp = 0;
   // Never past the end: where a code was once read there, JavaScriptCore reads all of them more slowly
-  for (; at < line.length; at++) {
-    const digit = line.charCodeAt(at) - 48;
+  for (; at < to; at++) {
+    const digit = text.charCodeAt(at) - 48;
     if (digit < 0 || digit > 9) break;
     timestamp = timestamp * 10 + sign * digit;
   }
-  if (at > start && line[1] === "," && Number.isSafeInteger(timestamp)) {
-    const tag = line[0]!;
-    if (at === line.length) {
+  if (at > start && text[from + 1] === "," && Number.isSafeInteger(timestamp)) {
+    const tag = text[from]!;
+    if (at === to) {
       if (DIGITS.includes(tag)) return { type: "dtmf", timestamp, digit: tag as Digit };
       switch (tag) {
         case "T":
@@ -146,8 +151,8 @@ export function parseEvent(line: string): IvrEvent {
         case "E":
           return { type: "exit", timestamp };
       }
-    } else if (line[at] === "," && ++at < line.length) {
-      const data = line.slice(at);
+    } else if (text[at] === "," && ++at < to) {
+      const data = text.slice(at, to);
       switch (tag) {
         case "F":
           return { type: "finished", timestamp, file: data };
@@ -166,7 +171,7 @@ export function parseEvent(line: string): IvrEvent {
       }
     }
   }
-  return { type: "unknown", line };
+  return { type: "unknown", line: text.slice(from, to) };
 }
 
 /**
@@ -457,13 +462,13 @@ export interface LinesOptions {
  * ```
  */
 export async function* lines(readable: Source, options: LinesOptions = {}): AsyncGenerator<string, void, void> {
-  const cutter = new Cutter(options);
+  const cutter = new Cutter((text, from, to) => text.slice(from, to), options);
   const reader = readable.getReader();
   try {
     for (;;) {
       const { done, value } = await reader.read();
       cutter.add(done ? undefined : value);
-      for (let line; (line = cutter.line()) !== undefined;) yield line;
+      for (let line; (line = cutter.take()) !== undefined;) yield line;
       if (done) return;
     }
   } finally {
@@ -471,8 +476,9 @@ export async function* lines(readable: Source, options: LinesOptions = {}): Asyn
   }
 }
 
-/** Cuts chunks into lines. */
-class Cutter {
+/** Cuts chunks into lines, and reads each where it stands. */
+class Cutter<Line> {
+  #read: (text: string, from: number, to: number) => Line;
   #encoding: Encoding;
   #maxLine: number;
   #utf8?: InstanceType<typeof TextDecoder>; // made with the first bytes: a quiet call costs none
@@ -480,9 +486,10 @@ class Cutter {
   #from = 0;
   #rest = ""; // a line that is not complete yet
 
-  constructor({ encoding = "utf-8", maxLine = 65536 }: LinesOptions) {
-    this.#encoding = encoding;
-    this.#maxLine = maxLine;
+  constructor(read: (text: string, from: number, to: number) => Line, options: LinesOptions) {
+    this.#read = read;
+    this.#encoding = options.encoding ?? "utf-8";
+    this.#maxLine = options.maxLine ?? 65536;
   }
 
   /** Takes the next chunk, once the lines of the last are taken; at the end of the stream none. */
@@ -493,34 +500,33 @@ class Cutter {
   }
 
   /** The next line that is complete. */
-  line(): string | undefined {
-    const to = this.#text.indexOf("\n", this.#from);
+  take(): Line | undefined {
+    let text = this.#text;
+    let from = this.#from;
+    let to = text.indexOf("\n", from);
     if (to < 0) {
-      this.#rest += this.#text.slice(this.#from); // never searched again
+      this.#rest += text.slice(from); // never searched again
       this.#text = "";
       this.#from = 0;
       if (this.#rest.length > this.#maxLine + 1) this.#fail(this.#rest); // one more may be a CR
       return undefined;
     }
-    let line = this.#text.slice(this.#from, to);
     this.#from = to + 1;
     if (this.#rest) {
-      line = this.#rest + line;
+      text = this.#rest + text.slice(from, to);
+      from = 0;
+      to = text.length;
       this.#rest = "";
     }
-    if (line.charCodeAt(line.length - 1) === 13) line = line.slice(0, -1);
-    if (line.length > this.#maxLine) this.#fail(line);
-    return line;
+    if (text[to - 1] === "\r") to--;
+    if (to - from > this.#maxLine) this.#fail(text.slice(from, to));
+    return this.#read(text, from, to);
   }
 
   #decode(chunk?: Uint8Array): string {
     if (this.#encoding === "latin1") {
       // The decoder of this name is Windows-1252 everywhere: the bytes 0x80 to 0x9F would not come back
-      let text = "";
-      for (let at = 0; chunk && at < chunk.length; at += 8192) {
-        text += String.fromCharCode(...chunk.subarray(at, at + 8192));
-      }
-      return text;
+      return Array.from(chunk ?? [], (byte) => String.fromCharCode(byte)).join("");
     }
     this.#utf8 ??= new TextDecoder("utf-8", { fatal: false, ignoreBOM: true });
     return this.#utf8.decode(chunk, { stream: !!chunk });
@@ -761,7 +767,7 @@ export class Session {
     this.#maxQueue = options.maxQueue ?? 10_000;
     this.#reader = streams.readable.getReader();
     this.#writer = streams.writable.getWriter();
-    this.#read(new Cutter(options));
+    this.#read(new Cutter(eventIn, options));
   }
 
   /** Aborted when the caller is gone: on `H`, on `I,…,HANGUP`, at the end of the stream. Hand it to `fetch`. */
@@ -939,13 +945,12 @@ export class Session {
     return iterator;
   }
 
-  async #read(cutter: Cutter): Promise<void> {
+  async #read(cutter: Cutter<IvrEvent>): Promise<void> {
     try {
       for (;;) {
         const { done, value } = await this.#reader.read();
         cutter.add(done ? undefined : value);
-        for (let line; !this.#ending && (line = cutter.line()) !== undefined;) {
-          const event = parseEvent(line);
+        for (let event; !this.#ending && (event = cutter.take());) {
           // What stands behind the last newline may be cut: it may end the call, but it answers nothing
           if (done && event.type !== "hangup" && event.type !== "exit") this.#show(event);
           else this.#receive(event);
