@@ -625,6 +625,61 @@ interface Waiter {
   reject(error: unknown): void;
 }
 
+/** What Asterisk owes: the answers to commands, and the ends of files. */
+class Pending {
+  /** How many commands had no answer of their own. */
+  count = 0;
+  /** The commands that await their answer, in order. */
+  asked: Asked[] = [];
+  /** The files that have not ended, in order, and each `I` that is not answered. */
+  playlist: Asked[] = [];
+
+  add(asked: Asked): void {
+    this.asked.push(asked);
+    if (asked.file || asked.clears) this.playlist.push(asked);
+  }
+
+  /** Settles the command that a reply answers, and gives it. */
+  answered(name: string, answer: string | string[]): Asked | undefined {
+    const at = this.asked.findIndex((asked) => asked.name === name);
+    if (at < 0) return undefined;
+    const [asked] = this.asked.splice(at, 1) as [Asked];
+    if (asked.clears) this.settle("skipped", this.playlist.indexOf(asked) + (asked.file ? 0 : 1));
+    asked.resolve(answer);
+    return asked;
+  }
+
+  /** A `Z` is the command's whose acknowledgement comes next. */
+  refused(reason?: string): void {
+    const [asked] = this.asked;
+    if (!asked) return;
+    asked.reject(new IvrError("refused", `Asterisk refused: ${reason ?? "the channel is not answered, or hung up"}`));
+    asked.clears = false;
+    asked.settle(reason === undefined ? "refused" : "missing");
+    this.playlist = this.playlist.filter((prompt) => prompt !== asked);
+  }
+
+  /** A file left the playlist. What should have left before it, and did not say so, was skipped. */
+  moved(outcome: Outcome, file?: string): void {
+    const at = this.playlist.findIndex((prompt) => file === undefined || prompt.file === file);
+    if (at < 0) return;
+    this.settle("skipped", at);
+    this.settle(outcome, 1);
+  }
+
+  /** Tells what became of the first files of the playlist. */
+  settle(outcome: Outcome, count = Infinity): void {
+    for (const prompt of this.playlist.splice(0, count)) prompt.settle(outcome);
+  }
+
+  /** Nothing comes any more. */
+  end(cause?: unknown): void {
+    const error = new IvrError("ended", "The call has ended", { cause });
+    for (const asked of this.asked.splice(0)) asked.reject(error);
+    this.settle("ended");
+  }
+}
+
 /** What waits, and what waits behind it. */
 interface Link<T> {
   item: T;
@@ -733,15 +788,11 @@ export class Session {
 
   // Reading: the events that wait for the iterator or a gather, or the iterators that wait for an event
   #events = new Queue<IvrEvent>();
-  #waiters = new Queue<Waiter>();
   #drained?: () => void;
   #collect: (() => void) | undefined; // the gather under way
 
-  // Writing: what waits to go out, what waits for an answer, what waits in the playlist, and the timer of the wake-ups
+  // Writing: what waits to go out, and the timer of the wake-ups
   #out = "";
-  #asked: Asked[] = [];
-  #prompts: Asked[] = [];
-  #count = 0;
   #timer?: Timer;
 
   // Ending: what we asked for, what Asterisk said, what failed, and what came of it
@@ -753,6 +804,8 @@ export class Session {
   #released?: Promise<void>;
 
   // Made when they are asked for: a quiet call costs little more than its streams
+  #waiters?: Queue<Waiter>;
+  #pending?: Pending;
   #abort?: AbortController;
   #closed?: Promise<Ending>;
   #end?: (ending: Ending) => void;
@@ -929,6 +982,7 @@ export class Session {
         if (value) return Promise.resolve({ value, done: false });
         const promise: Promise<IteratorResult<IvrEvent, undefined>> = new Promise((resolve, reject) => {
           const fail = (error: unknown) => (promise.catch(ignore), reject(error));
+          this.#waiters ??= new Queue();
           this.#waiters.push({ iterator, resolve, reject: fail });
         });
         if (left) this.#dismiss(iterator);
@@ -980,18 +1034,18 @@ export class Session {
   #receive(event: IvrEvent): void {
     switch (event.type) {
       case "params":
-        if (this.#answered(PARAMS, event.params)) return;
+        if (this.#answered(PARAMS, event.params)?.keeps) return;
         break;
       case "variables":
-        if (this.#answered(event.data.slice(0, event.data.indexOf("=")), event.data)) return;
+        if (this.#answered(event.data.slice(0, event.data.indexOf("=")), event.data)?.keeps) return;
         break;
       case "finished":
       case "interrupted":
       case "dropped":
-        this.#moved(event.type, event.file);
+        this.#pending?.moved(event.type, event.file);
         break;
       case "failed":
-        this.#refused(event.reason);
+        this.#pending?.refused(event.reason);
         break;
       case "hangup":
         this.#said = this.#leaving === "hangup" ? "hangup" : "caller";
@@ -1008,52 +1062,17 @@ export class Session {
 
   /** Gives an event to the iterator that waits for it, or lets it wait. */
   #show(event: IvrEvent): void {
-    if (this.#waiters.size && !this.#events.size && !this.#collect) {
+    if (this.#waiters?.size && !this.#events.size && !this.#collect) {
       return this.#waiters.take()!.resolve({ value: event, done: false });
     }
     this.#events.push(event);
     this.#deliver();
   }
 
-  /** Settles the command that a reply answers. False when the iterator is to have the reply. */
-  #answered(name: string, answer: string | string[]): boolean {
-    const at = this.#asked.findIndex((asked) => asked.name === name);
-    if (at < 0) return false;
-    const [asked] = this.#asked.splice(at, 1) as [Asked];
-    if (asked.clears) this.#settle("skipped", this.#prompts.indexOf(asked) + (asked.file ? 0 : 1));
-    asked.resolve(answer);
-    this.#wake();
-    return asked.keeps;
-  }
-
-  /** A file left the playlist. What should have left before it, and did not say so, was skipped. */
-  #moved(outcome: Outcome, file?: string): void {
-    const at = this.#prompts.findIndex((prompt) => file === undefined || prompt.file === file);
-    if (at < 0) return;
-    this.#settle("skipped", at);
-    this.#settle(outcome, 1);
-  }
-
-  /** Tells what became of the first files of the playlist. */
-  #settle(outcome: Outcome, count = Infinity): void {
-    for (const prompt of this.#prompts.splice(0, count)) prompt.settle(outcome);
-  }
-
-  /** What is still awaited comes to nothing. */
-  #abandon(cause?: unknown): void {
-    const error = new IvrError("ended", "The call has ended", { cause });
-    for (const asked of this.#asked.splice(0)) asked.reject(error);
-    this.#settle("ended");
-  }
-
-  /** A `Z` is the command's whose acknowledgement comes next. */
-  #refused(reason?: string): void {
-    const asked = this.#asked[0];
-    if (!asked) return;
-    asked.reject(new IvrError("refused", `Asterisk refused: ${reason ?? "the channel is not answered, or hung up"}`));
-    asked.clears = false;
-    asked.settle(reason === undefined ? "refused" : "missing");
-    this.#prompts = this.#prompts.filter((prompt) => prompt !== asked);
+  #answered(name: string, answer: string | string[]): Asked | undefined {
+    const asked = this.#pending?.answered(name, answer);
+    if (asked) this.#wake();
+    return asked;
   }
 
   #takeKey(): Digit | undefined {
@@ -1068,7 +1087,7 @@ export class Session {
   }
 
   #deliver(): void {
-    for (let value; this.#waiters.size && (value = this.#next());) {
+    for (let value; this.#waiters?.size && (value = this.#next());) {
       this.#waiters.take()!.resolve({ value, done: false });
     }
   }
@@ -1076,7 +1095,7 @@ export class Session {
   /** Ends the waits of one iterator, or of all when the call is over. */
   #dismiss(iterator?: unknown): void {
     const wanted = (waiter: Waiter) => !iterator || waiter.iterator === iterator;
-    for (let waiter; (waiter = this.#waiters.take(wanted));) {
+    for (let waiter; (waiter = this.#waiters?.take(wanted));) {
       if (!iterator && this.#ending?.by === "error") waiter.reject(this.#ending.error);
       else waiter.resolve({ value: undefined, done: true });
     }
@@ -1111,7 +1130,7 @@ export class Session {
       const over = this.#gone ? "hangup" : signal?.aborted ? "aborted" : late ? "timeout" : undefined;
       let reason: Gathered["reason"] | undefined;
       let terminator: Digit | undefined;
-      playing = playing.filter((prompt) => this.#prompts.includes(prompt));
+      playing = playing.filter((prompt) => this.#pending!.playlist.includes(prompt));
       const takes = over || bargeIn || !playing.length && !files.length;
       for (let key; takes && !reason && (key = this.#takeKey());) {
         if (terminators.includes(key)) {
@@ -1135,9 +1154,10 @@ export class Session {
         resolve({ digits, reason, ...terminator && { terminator } });
         this.#deliver(); // the keys that are left
       } else if (!digits) {
-        const before = this.#prompts.length;
-        for (const file of files.splice(0)) this.queue(file);
-        playing.push(...this.#prompts.slice(before));
+        for (const file of files.splice(0)) {
+          this.queue(file);
+          playing.push(this.#pending!.playlist.at(-1)!);
+        }
         if (!playing.length && !timer) wait(timeout);
       }
     };
@@ -1162,32 +1182,26 @@ export class Session {
           if (this.#leaving || this.#ending) return;
           this.#leaving = type;
         } else {
+          const pending = this.#pending ??= new Pending();
           const asks = type === "get" || type === "params";
           let name = PARAMS;
           if (type === "get") name = command.names[0]!;
           else if (!asks) {
-            name = `EIVR_ACK_${++this.#count}`;
+            name = `EIVR_ACK_${++pending.count}`;
             lines += `G,${name}\n`;
           }
-          const file = type === "play" || type === "queue" ? command.file : undefined;
-          const clears = type === "play" || type === "interrupt";
-          const asked: Asked = {
+          const settles = wanted === "outcome";
+          const answers = wanted === "reply" ? resolve : () => resolve(undefined);
+          pending.add({
             name,
-            file,
-            clears,
             keeps: !asks || wanted === "reply",
-            resolve: ignore,
-            reject: ignore,
-            settle: ignore,
-          };
-          if (wanted === "outcome") asked.settle = resolve;
-          else {
-            asked.resolve = wanted === "reply" ? resolve : () => resolve(undefined);
-            asked.reject = reject;
-          }
-          this.#asked.push(asked);
-          if (file || clears) this.#prompts.push(asked);
-          if (this.#ending) return this.#abandon();
+            file: type === "play" || type === "queue" ? command.file : undefined,
+            clears: type === "play" || type === "interrupt",
+            resolve: settles ? ignore : answers,
+            reject: settles ? ignore : reject,
+            settle: settles ? resolve : ignore,
+          });
+          if (this.#ending) return pending.end();
         }
         this.#write(lines);
         this.#wake();
@@ -1220,7 +1234,7 @@ export class Session {
   #wake(delay = 1): void {
     if (this.#broken || this.#said) return;
     stop(this.#timer);
-    if (!this.#asked.length && !this.#leaving) return;
+    if (!this.#pending?.asked.length && !this.#leaving) return;
     this.#timer = later(() => {
       this.#write("\n");
       this.#wake(Math.min(delay * 2, 1000));
@@ -1229,7 +1243,7 @@ export class Session {
 
   /** The caller is gone, and nothing plays any more, even if the call is still ours. */
   #hungUp(): void {
-    this.#settle("ended");
+    this.#pending?.settle("ended");
     this.#gone = true;
     this.#collect?.();
     this.#abort?.abort(gone());
@@ -1242,7 +1256,7 @@ export class Session {
     const by = this.#said ?? (error === undefined ? "disconnect" : failed);
     this.#ending = by === "error" ? { by, error } : { by };
     stop(this.#timer);
-    this.#abandon(error);
+    this.#pending?.end(error);
     this.#released = this.#release();
     this.#end?.(this.#ending);
     this.#hungUp();
