@@ -190,7 +190,7 @@ function eventIn(text: string, from: number, to: number): IvrEvent {
  * ```
  */
 export function formatEvent(event: IvrEvent): string {
-  const timestamp = String((event as Fields).timestamp).padStart(10);
+  const timestamp = String((event as { timestamp?: number }).timestamp).padStart(10);
   return format(EVENTS[event.type], event, { timestamp }, parseEvent);
 }
 
@@ -620,7 +620,8 @@ interface Asked {
 
 /** A call of an iterator's `next` that waits. */
 interface Waiter {
-  iterator: unknown;
+  /** Whether the loop was left. */
+  left(): boolean;
   resolve(result: IteratorResult<IvrEvent, undefined>): void;
   reject(error: unknown): void;
 }
@@ -738,8 +739,8 @@ function later(run: () => void, ms: number): Timer {
   return timer;
 }
 
-function stop(timer: Timer | undefined): void {
-  if (timer !== undefined) clearTimeout(timer);
+function stop(timer?: Timer): void {
+  if (timer !== undefined) clearTimeout(timer); // Workers' types take no undefined
 }
 
 /** Runs, and keeps a rejection that nobody looks at from being an unhandled one. */
@@ -983,15 +984,14 @@ export class Session {
         const promise: Promise<IteratorResult<IvrEvent, undefined>> = new Promise((resolve, reject) => {
           const fail = (error: unknown) => (promise.catch(ignore), reject(error));
           this.#waiters ??= new Queue();
-          this.#waiters.push({ iterator, resolve, reject: fail });
+          this.#waiters.push({ left: () => left, resolve, reject: fail });
         });
-        if (left) this.#dismiss(iterator);
-        else if (this.#ending) this.#dismiss();
+        if (left || this.#ending) this.#dismiss();
         return promise;
       },
       return: () => {
         left = true;
-        this.#dismiss(iterator);
+        this.#dismiss();
         return Promise.resolve({ value: undefined, done: true });
       },
       [Symbol.asyncIterator]: () => iterator,
@@ -1048,11 +1048,8 @@ export class Session {
         this.#pending?.refused(event.reason);
         break;
       case "hangup":
-        this.#said = this.#leaving === "hangup" ? "hangup" : "caller";
-        this.#expectEnd();
-        break;
       case "exit":
-        this.#said = "exit";
+        this.#said = event.type === "hangup" && this.#leaving !== "hangup" ? "caller" : event.type;
         this.#expectEnd();
     }
     this.#show(event);
@@ -1092,11 +1089,11 @@ export class Session {
     }
   }
 
-  /** Ends the waits of one iterator, or of all when the call is over. */
-  #dismiss(iterator?: unknown): void {
-    const wanted = (waiter: Waiter) => !iterator || waiter.iterator === iterator;
-    for (let waiter; (waiter = this.#waiters?.take(wanted));) {
-      if (!iterator && this.#ending?.by === "error") waiter.reject(this.#ending.error);
+  /** Ends the waits of the loops that were left, and of all when the call is over. */
+  #dismiss(): void {
+    const over = (waiter: Waiter) => !!this.#ending || waiter.left();
+    for (let waiter; (waiter = this.#waiters?.take(over));) {
+      if (this.#ending?.by === "error" && !waiter.left()) waiter.reject(this.#ending.error);
       else waiter.resolve({ value: undefined, done: true });
     }
   }
