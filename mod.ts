@@ -398,9 +398,10 @@ export function parseVariables(data: string, names: string[]): Record<string, st
   for (const [i, name] of names.entries()) {
     if (!data.startsWith(name + "=")) break;
     data = data.slice(name.length + 1);
-    const next = i + 1 < names.length ? data.indexOf(`,${names[i + 1]}=`) : -1;
-    values.push([name, next < 0 ? data : data.slice(0, next)]);
-    data = next < 0 ? "" : data.slice(next + 1);
+    let end = i + 1 < names.length ? data.indexOf(`,${names[i + 1]}=`) : -1;
+    if (end < 0) end = data.length;
+    values.push([name, data.slice(0, end)]);
+    data = data.slice(end + 1);
   }
   return Object.fromEntries(values); // which takes "__proto__" as a name like any other
 }
@@ -507,7 +508,6 @@ class Cutter<Line> {
     if (to < 0) {
       this.#rest += text.slice(from); // never searched again
       this.#text = "";
-      this.#from = 0;
       if (this.#rest.length > this.#maxLine + 1) this.#fail(this.#rest); // one more may be a CR
       return undefined;
     }
