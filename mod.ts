@@ -602,20 +602,21 @@ export interface Gathered {
   terminator?: Digit;
 }
 
+/** What the promise of a command is for: that it is done, the reply to it, or what became of its file. */
+type Wanted = "done" | "reply" | "outcome";
+
 /** A command that awaits its answer, a file that awaits its end, or first the one and then the other. */
 interface Asked {
-  /** The variable whose `G` answers; none for `P`. */
-  name: string;
-  /** Whether the answer is kept from the iterator. */
-  keeps: boolean;
+  type: IvrCommand["type"];
   /** What `S` or `A` plays. */
   file: string | undefined;
-  /** Whether it clears the playlist: once it is answered, every file before it is gone. */
-  clears: boolean;
-  resolve(answer: unknown): void;
+  wanted: Wanted;
+  /** The variable whose `G` answers; {@linkcode PARAMS} for `P`. */
+  name: string;
+  /** Whether the iterator is not to see the answer. */
+  hidden: boolean;
+  resolve(result: unknown): void;
   reject(error: IvrError): void;
-  /** Tells what became of the file. */
-  settle(outcome: Outcome): void;
 }
 
 /** A call of an iterator's `next` that waits. */
@@ -626,42 +627,70 @@ interface Waiter {
   reject(error: unknown): void;
 }
 
+/** What the answer to `P` goes by: no variable has this name. */
+const PARAMS = "=";
+
 /** What Asterisk owes: the answers to commands, and the ends of files. */
 class Pending {
-  /** How many commands had no answer of their own. */
-  count = 0;
   /** The commands that await their answer, in order. */
   asked: Asked[] = [];
   /** The files that have not ended, in order, and each `I` that is not answered. */
   playlist: Asked[] = [];
+  /** How many commands had no answer of their own. */
+  #count = 0;
 
-  add(asked: Asked): void {
+  /** Adds a command, and gives the question to send behind it: none when it has an answer of its own. */
+  add(command: IvrCommand, wanted: Wanted, resolve: Asked["resolve"], reject: Asked["reject"]): string {
+    const { type } = command;
+    const own = type === "get" ? command.names[0] : type === "params" ? PARAMS : undefined;
+    const name = own ?? `EIVR_ACK_${++this.#count}`;
+    const file = type === "play" || type === "queue" ? command.file : undefined;
+    const asked = { type, file, wanted, name, hidden: !own || wanted === "reply", resolve, reject };
     this.asked.push(asked);
-    if (asked.file || asked.clears) this.playlist.push(asked);
+    if (file || type === "interrupt") this.playlist.push(asked);
+    return own ? "" : `G,${name}\n`;
   }
 
-  /** Settles the command that a reply answers, and gives it. */
-  answered(name: string, answer: string | string[]): Asked | undefined {
-    const at = this.asked.findIndex((asked) => asked.name === name);
-    if (at < 0) return undefined;
-    const [asked] = this.asked.splice(at, 1) as [Asked];
-    if (asked.clears) this.settle("skipped", this.playlist.indexOf(asked) + (asked.file ? 0 : 1));
-    asked.resolve(answer);
+  /** Settles what an event tells of, and gives the command that it answers. */
+  receive(event: IvrEvent): Asked | undefined {
+    switch (event.type) {
+      case "params":
+        return this.#answered(PARAMS, event.params);
+      case "variables":
+        return this.#answered(event.data.slice(0, event.data.indexOf("=")), event.data);
+      case "failed":
+        this.#refused(event.reason);
+        break;
+      case "finished":
+      case "interrupted":
+      case "dropped":
+        this.#moved(event.type, event.file);
+    }
+    return undefined;
+  }
+
+  #answered(name: string, answer: string | string[]): Asked | undefined {
+    const asked = this.asked.find((asked) => asked.name === name);
+    if (!asked) return undefined;
+    this.asked.splice(this.asked.indexOf(asked), 1);
+    // `S` and `I` clear: what is still before them was skipped, and the `I` itself is over
+    if (asked.type !== "queue") this.settle("skipped", this.playlist.indexOf(asked) + (asked.file ? 0 : 1));
+    if (asked.wanted !== "outcome") asked.resolve(asked.wanted === "reply" ? answer : undefined);
     return asked;
   }
 
   /** A `Z` is the command's whose acknowledgement comes next. */
-  refused(reason?: string): void {
+  #refused(reason?: string): void {
     const [asked] = this.asked;
     if (!asked) return;
-    asked.reject(new IvrError("refused", `Asterisk refused: ${reason ?? "the channel is not answered, or hung up"}`));
-    asked.clears = false;
-    asked.settle(reason === undefined ? "refused" : "missing");
     this.playlist = this.playlist.filter((prompt) => prompt !== asked);
+    const why = reason ?? "the channel is not answered, or hung up";
+    if (asked.wanted === "outcome") asked.resolve(reason === undefined ? "refused" : "missing");
+    else asked.reject(new IvrError("refused", `Asterisk refused: ${why}`));
   }
 
   /** A file left the playlist. What should have left before it, and did not say so, was skipped. */
-  moved(outcome: Outcome, file?: string): void {
+  #moved(outcome: Outcome, file?: string): void {
     const at = this.playlist.findIndex((prompt) => file === undefined || prompt.file === file);
     if (at < 0) return;
     this.settle("skipped", at);
@@ -670,13 +699,15 @@ class Pending {
 
   /** Tells what became of the first files of the playlist. */
   settle(outcome: Outcome, count = Infinity): void {
-    for (const prompt of this.playlist.splice(0, count)) prompt.settle(outcome);
+    for (const prompt of this.playlist.splice(0, count)) {
+      if (prompt.wanted === "outcome") prompt.resolve(outcome);
+    }
   }
 
   /** Nothing comes any more. */
   end(cause?: unknown): void {
     const error = new IvrError("ended", "The call has ended", { cause });
-    for (const asked of this.asked.splice(0)) asked.reject(error);
+    for (const asked of this.asked.splice(0)) if (asked.wanted !== "outcome") asked.reject(error);
     this.settle("ended");
   }
 }
@@ -719,9 +750,6 @@ class Queue<T> {
 const isKey = (event: IvrEvent): boolean => event.type === "dtmf";
 
 const isNoKey = (event: IvrEvent): boolean => event.type !== "dtmf";
-
-/** What the answer to `P` goes by: no variable has this name. */
-const PARAMS = "=";
 
 /** How long Asterisk's last words, or ours, may take: milliseconds. */
 const GRACE = 1000;
@@ -1032,25 +1060,12 @@ export class Session {
 
   /** Gives an event to who asked for it; everything else goes to the iterator. */
   #receive(event: IvrEvent): void {
-    switch (event.type) {
-      case "params":
-        if (this.#answered(PARAMS, event.params)?.keeps) return;
-        break;
-      case "variables":
-        if (this.#answered(event.data.slice(0, event.data.indexOf("=")), event.data)?.keeps) return;
-        break;
-      case "finished":
-      case "interrupted":
-      case "dropped":
-        this.#pending?.moved(event.type, event.file);
-        break;
-      case "failed":
-        this.#pending?.refused(event.reason);
-        break;
-      case "hangup":
-      case "exit":
-        this.#said = event.type === "hangup" && this.#leaving !== "hangup" ? "caller" : event.type;
-        this.#expectEnd();
+    const answered = this.#pending?.receive(event);
+    if (answered) this.#wake();
+    if (answered?.hidden) return;
+    if (event.type === "hangup" || event.type === "exit") {
+      this.#said = event.type === "hangup" && this.#leaving !== "hangup" ? "caller" : event.type;
+      this.#expectEnd();
     }
     this.#show(event);
     if (event.type === "hangup" || event.type === "inform" && event.message === "HANGUP") this.#hungUp();
@@ -1064,12 +1079,6 @@ export class Session {
     }
     this.#events.push(event);
     this.#deliver();
-  }
-
-  #answered(name: string, answer: string | string[]): Asked | undefined {
-    const asked = this.#pending?.answered(name, answer);
-    if (asked) this.#wake();
-    return asked;
   }
 
   #takeKey(): Digit | undefined {
@@ -1165,39 +1174,18 @@ export class Session {
     collect();
   }
 
-  /**
-   * Sends a command, with a question behind it if it has no answer of its own. What it promises: that the command is
-   * done, the reply to it, or what became of its file.
-   */
-  #send<Result = void>(command: IvrCommand, wanted: "done" | "reply" | "outcome" = "done"): Promise<Result> {
+  /** Sends a command, with a question behind it if it has no answer of its own. */
+  #send<Result = void>(command: IvrCommand, wanted: Wanted = "done"): Promise<Result> {
     return quiet(() =>
       new Promise<unknown>((resolve, reject) => {
         let lines = formatCommand(command, this.#encoding);
-        const { type } = command;
-        if (type === "hangup" || type === "exit") {
+        if (command.type === "hangup" || command.type === "exit") {
           resolve(this.closed.then(ignore));
           if (this.#leaving || this.#ending) return;
-          this.#leaving = type;
+          this.#leaving = command.type;
         } else {
           const pending = this.#pending ??= new Pending();
-          const asks = type === "get" || type === "params";
-          let name = PARAMS;
-          if (type === "get") name = command.names[0]!;
-          else if (!asks) {
-            name = `EIVR_ACK_${++pending.count}`;
-            lines += `G,${name}\n`;
-          }
-          const settles = wanted === "outcome";
-          const answers = wanted === "reply" ? resolve : () => resolve(undefined);
-          pending.add({
-            name,
-            keeps: !asks || wanted === "reply",
-            file: type === "play" || type === "queue" ? command.file : undefined,
-            clears: type === "play" || type === "interrupt",
-            resolve: settles ? ignore : answers,
-            reject: settles ? ignore : reject,
-            settle: settles ? resolve : ignore,
-          });
+          lines += pending.add(command, wanted, resolve, reject);
           if (this.#ending) return pending.end();
         }
         this.#write(lines);
