@@ -538,6 +538,8 @@ class Cutter<Line> {
   }
 }
 
+const ignore = (): void => {};
+
 function encode(text: string, encoding: Encoding): Bytes {
   return encoding === "latin1" ? Uint8Array.from(text, (char) => char.charCodeAt(0)) : new TextEncoder().encode(text);
 }
@@ -747,16 +749,10 @@ class Queue<T> {
   }
 }
 
-const isKey = (event: IvrEvent): boolean => event.type === "dtmf";
-
-const isNoKey = (event: IvrEvent): boolean => event.type !== "dtmf";
-
 /** How long Asterisk's last words, or ours, may take: milliseconds. */
 const GRACE = 1000;
 
-const ignore = (): void => {};
-
-const gone = (): IvrError => new IvrError("aborted", "The caller is gone");
+const callerGone = (): IvrError => new IvrError("aborted", "The caller is gone");
 
 type Timer = ReturnType<typeof setTimeout>;
 
@@ -837,7 +833,7 @@ export class Session {
   #pending?: Pending;
   #abort?: AbortController;
   #closed?: Promise<Ending>;
-  #end?: (ending: Ending) => void;
+  #resolveClosed?: (ending: Ending) => void;
 
   /**
    * Takes both streams and starts to read.
@@ -855,14 +851,14 @@ export class Session {
   /** Aborted when the caller is gone: on `H`, on `I,…,HANGUP`, at the end of the stream. Hand it to `fetch`. */
   get signal(): AbortSignal {
     this.#abort ??= new AbortController();
-    if (this.#gone) this.#abort.abort(gone());
+    if (this.#gone) this.#abort.abort(callerGone());
     return this.#abort.signal;
   }
 
   /** How the call ended, once it has. Never rejects. */
   get closed(): Promise<Ending> {
     return this.#closed ??= new Promise((resolve) => {
-      this.#end = resolve;
+      this.#resolveClosed = resolve;
       if (this.#ending) resolve(this.#ending);
     });
   }
@@ -1082,12 +1078,13 @@ export class Session {
   }
 
   #takeKey(): Digit | undefined {
-    return (this.#events.take(isKey) as IvrEvent & { type: "dtmf" } | undefined)?.digit;
+    const key = this.#events.take((event) => event.type === "dtmf");
+    return (key as IvrEvent & { type: "dtmf" } | undefined)?.digit;
   }
 
   /** The oldest event that the iterator may have: not a key while a gather is under way. */
   #next(): IvrEvent | undefined {
-    const event = this.#events.take(this.#collect && isNoKey);
+    const event = this.#events.take(this.#collect && ((event) => event.type !== "dtmf"));
     if (!this.#events.size) this.#drained?.();
     return event;
   }
@@ -1231,7 +1228,7 @@ export class Session {
     this.#pending?.settle("ended");
     this.#gone = true;
     this.#collect?.();
-    this.#abort?.abort(gone());
+    this.#abort?.abort(callerGone());
   }
 
   #finish(error: unknown = this.#broken): void {
@@ -1242,24 +1239,23 @@ export class Session {
     this.#ending = by === "error" ? { by, error } : { by };
     stop(this.#timer);
     this.#pending?.end(error);
-    this.#released = this.#release();
-    this.#end?.(this.#ending);
+    this.#released = this.#release(this.#ending);
+    this.#resolveClosed?.(this.#ending);
     this.#hungUp();
     this.#dismiss();
   }
 
   /** Closes both streams: what was sent goes out first, unless the session failed or the peer does not take it. */
-  async #release(): Promise<void> {
-    const { by, error } = this.#ending!;
+  async #release({ by, error }: Ending): Promise<void> {
     const grace = new Promise<void>((resolve) => this.#timer = later(resolve, GRACE));
-    const ended = (ending: Promise<void>) => Promise.race([grace, ending.catch(ignore)]);
-    if (by === "error") ended(this.#writer.abort(error));
+    const inTime = (closing: Promise<void>) => Promise.race([grace, closing.catch(ignore)]);
+    if (by === "error") this.#writer.abort(error).catch(ignore);
     else {
       // A socket that ends by itself, as Node's do, is to do so first: Deno fails when both close it in one turn
       await new Promise<void>((resolve) => setTimeout(resolve));
-      await ended(this.#writer.close());
+      await inTime(this.#writer.close());
     }
-    await ended(this.#reader.cancel());
+    await inTime(this.#reader.cancel());
     stop(this.#timer);
   }
 }
