@@ -88,7 +88,7 @@ export class IvrError extends Error {
 
 const DIGITS = "0123456789*#ABCD";
 
-/** The line of each event: its tag, which for keys is a field, and the fields behind it. */
+/** What stands between the commas of each event: its tag, which for a key is the key, and its fields. */
 const EVENTS: Record<IvrEvent["type"], string> = {
   dtmf: "digit,timestamp",
   finished: "F,timestamp,file",
@@ -123,7 +123,7 @@ export function parseEvent(line: string): IvrEvent {
   return eventIn(line, 0, line.length);
 }
 
-/** The event of the line that stands between two places of a text, which need not be cut out first. */
+/** Reads the line that stands between two places of a text, so that nobody has to cut it out first. */
 function eventIn(text: string, from: number, to: number): IvrEvent {
   let at = from + 2;
   while (text[at] === " ") at++; // "%10d" pads with blanks on the left
@@ -197,10 +197,13 @@ export function formatEvent(event: IvrEvent): string {
 /** An event or command by the names of its fields. */
 type Fields = { type: string; [field: string]: unknown };
 
-/** What no line can carry: what ends it, and half a character, or in Latin-1 one that it lacks. */
+/** Characters that no line can carry: those that end it, halves of surrogate pairs, and what Latin-1 does not have. */
 const UNFIT = { "utf-8": /[\0\r\n\p{Surrogate}]/gu, latin1: /[\0\r\n]|[^\0-\xff]/gu };
 
-/** Fills a form, some fields with texts, and lets the line out only if it will be read as it was meant. */
+/**
+ * Writes a line in its form, as `EVENTS` has it, and refuses one that would not be read as it was meant. Fields that are
+ * not written as they are have their text in `texts`.
+ */
 function format(
   form: string | undefined,
   meant: Fields,
@@ -210,9 +213,9 @@ function format(
 ): string {
   const fields = form?.split(",") ?? refuse("type", meant.type, "there is no such thing");
   const parts = fields.map((field) => texts[field] ?? meant[field]);
-  parts[0] ??= fields[0]; // a letter stands for itself
+  parts[0] ??= fields[0]; // a tag stands for itself
   while (parts.at(-1) === undefined) parts.pop();
-  const line = parts.join().replace(UNFIT[encoding], "?"); // which then reads otherwise than it was meant
+  const line = parts.join().replace(UNFIT[encoding], "?"); // so it is not read as it was meant
   const read = parse(line);
   if (["type", ...fields].some((field) => JSON.stringify(meant[field]) !== JSON.stringify(read[field]))) {
     refuse(form!, JSON.stringify(meant), `it would arrive at best as ${JSON.stringify(read)}`);
@@ -262,7 +265,7 @@ export type Encoding = "utf-8" | "latin1";
 /** Asterisk cuts a longer line and runs the rest of it as the next command. */
 const MAX_COMMAND_BYTES = 1022;
 
-/** The line of each command: its letter and the fields behind it. Without a payload Asterisk ignores it. */
+/** The same of each command. Asterisk ignores one without a payload: where there is none, `type` fills its place. */
 const COMMANDS: Record<IvrCommand["type"], string> = {
   play: "S,file",
   queue: "A,file",
@@ -279,7 +282,7 @@ const COMMANDS: Record<IvrCommand["type"], string> = {
   unknown: "line",
 };
 
-/** What reads back as it was and is refused all the same: an empty name, an equals sign in one, a blank behind a value. */
+/** Refused although it reads back as it was: an empty name, an equals sign in a name, a blank at the end of a value. */
 const FLAWS: { [type: string]: RegExp } = { set: /,=|[\0- ],/, get: /=|,[,\n]/ };
 
 /**
@@ -477,15 +480,15 @@ export async function* lines(readable: Source, options: LinesOptions = {}): Asyn
   }
 }
 
-/** Cuts chunks into lines, and reads each where it stands. */
+/** Cuts chunks into lines, and reads each line where it stands in the text of its chunk. */
 class Cutter<Line> {
   #read: (text: string, from: number, to: number) => Line;
   #encoding: Encoding;
   #maxLine: number;
   #utf8?: InstanceType<typeof TextDecoder>; // made with the first bytes: a quiet call costs none
-  #text = ""; // the chunk that is being cut, from where on
-  #from = 0;
-  #rest = ""; // a line that is not complete yet
+  #text = ""; // of the chunk that is being cut
+  #from = 0; // where its next line begins
+  #rest = ""; // a line whose end is in a later chunk
 
   constructor(read: (text: string, from: number, to: number) => Line, options: LinesOptions) {
     this.#read = read;
@@ -493,7 +496,7 @@ class Cutter<Line> {
     this.#maxLine = options.maxLine ?? 65536;
   }
 
-  /** Takes the next chunk, once the lines of the last are taken; at the end of the stream none. */
+  /** Takes the next chunk, once all lines of the last one are taken; none at the end, which also ends the last line. */
   add(chunk?: Uint8Array): void {
     this.#text = this.#decode(chunk);
     this.#from = 0;
@@ -506,7 +509,7 @@ class Cutter<Line> {
     let from = this.#from;
     let to = text.indexOf("\n", from);
     if (to < 0) {
-      this.#rest += text.slice(from); // never searched again
+      this.#rest += text.slice(from); // not searched again: a long line in small chunks would take for ever
       this.#text = "";
       if (this.#rest.length > this.#maxLine + 1) this.#fail(this.#rest); // one more may be a CR
       return undefined;
@@ -533,8 +536,7 @@ class Cutter<Line> {
   }
 
   #fail(line: string): never {
-    const rule = `more than ${this.#maxLine} characters in a line`;
-    throw new IvrError("too-long", `Cannot read "${line.slice(0, 80)}…": ${rule}`);
+    throw new IvrError("too-long", `Cannot read "${line.slice(0, 80)}…": longer than ${this.#maxLine} characters`);
   }
 }
 
@@ -613,7 +615,7 @@ interface Asked {
   /** What `S` or `A` plays. */
   file: string | undefined;
   wanted: Wanted;
-  /** The variable whose `G` answers; {@linkcode PARAMS} for `P`. */
+  /** The variable whose `G` answers, or `PARAMS`. */
   name: string;
   /** Whether the iterator is not to see the answer. */
   hidden: boolean;
@@ -644,9 +646,9 @@ class Pending {
   /** Adds a command, and gives the question to send behind it: none when it has an answer of its own. */
   add(command: IvrCommand, wanted: Wanted, resolve: Asked["resolve"], reject: Asked["reject"]): string {
     const { type } = command;
+    const file = type === "play" || type === "queue" ? command.file : undefined;
     const own = type === "get" ? command.names[0] : type === "params" ? PARAMS : undefined;
     const name = own ?? `EIVR_ACK_${++this.#count}`;
-    const file = type === "play" || type === "queue" ? command.file : undefined;
     const asked = { type, file, wanted, name, hidden: !own || wanted === "reply", resolve, reject };
     this.asked.push(asked);
     if (file || type === "interrupt") this.playlist.push(asked);
@@ -813,20 +815,22 @@ export class Session {
 
   // Reading: the events that wait for the iterator or a gather, or the iterators that wait for an event
   #events = new Queue<IvrEvent>();
-  #drained?: () => void;
+  #drained?: () => void; // lets reading go on, when it waits for the events to be taken
   #collect: (() => void) | undefined; // the gather under way
 
-  // Writing: what waits to go out, and the timer of the wake-ups
+  // Writing: what goes out at the end of this turn
   #out = "";
+
+  // The next wake-up, and later the end of our patience
   #timer?: Timer;
 
-  // Ending: what we asked for, what Asterisk said, what failed, and what came of it
-  #leaving?: "hangup" | "exit";
-  #said?: Ending["by"];
-  #broken?: unknown;
-  #gone = false;
-  #ending?: Ending;
-  #released?: Promise<void>;
+  // Ending
+  #leaving?: "hangup" | "exit"; // what we asked for
+  #said?: Ending["by"]; // who it was, by Asterisk's last words
+  #broken?: unknown; // why nothing can be written any more
+  #gone = false; // the caller; with option `i` the call goes on
+  #ending?: Ending; // set once it is over
+  #released?: Promise<void>; // when both streams are closed
 
   // Made when they are asked for: a quiet call costs little more than its streams
   #waiters?: Queue<Waiter>;
@@ -1006,7 +1010,7 @@ export class Session {
         const value = left ? undefined : this.#next();
         if (value) return Promise.resolve({ value, done: false });
         const promise: Promise<IteratorResult<IvrEvent, undefined>> = new Promise((resolve, reject) => {
-          const fail = (error: unknown) => (promise.catch(ignore), reject(error));
+          const fail = (error: unknown) => (promise.catch(ignore), reject(error)); // nobody may await it any more
           this.#waiters ??= new Queue();
           this.#waiters.push({ left: () => left, resolve, reject: fail });
         });
@@ -1041,7 +1045,7 @@ export class Session {
     }
   }
 
-  /** Waits for the events to be taken, but no longer than a turn of the event loop. */
+  /** Waits for the events to be taken, but no longer than a turn of the event loop: then nobody takes them. */
   async #room(): Promise<void> {
     let timer: Timer | undefined;
     await new Promise<void>((resolve) => {
@@ -1089,13 +1093,14 @@ export class Session {
     return event;
   }
 
+  /** Gives events that wait to iterators that wait: both do when a gather held the keys back. */
   #deliver(): void {
     for (let value; this.#waiters?.size && (value = this.#next());) {
       this.#waiters.take()!.resolve({ value, done: false });
     }
   }
 
-  /** Ends the waits of the loops that were left, and of all when the call is over. */
+  /** Ends the waiting of loops that were left, or of all loops when the call is over. */
   #dismiss(): void {
     const over = (waiter: Waiter) => !!this.#ending || waiter.left();
     for (let waiter; (waiter = this.#waiters?.take(over));) {
@@ -1117,10 +1122,10 @@ export class Session {
       if (!DIGITS.includes(key)) refuse("terminators", key, "no such key");
     }
     if (this.#collect) refuse("gather", "now", "another one is under way");
-    const files = [prompt].flat(); // those that are still to be queued
+    const files = [prompt].flat(); // emptied when they are queued
     for (const file of files) formatCommand({ type: "queue", file }, this.#encoding); // all are good before one is sent
 
-    let playing: Asked[] = [];
+    let playing: Asked[] = []; // those of our prompts that have not ended
     let digits = "";
     let late = false;
     let timer: Timer | undefined;
@@ -1194,7 +1199,7 @@ export class Session {
   /** Writes what is sent in one turn in one go. */
   #write(text: string): void {
     this.#out += text;
-    if (this.#out !== text) return;
+    if (this.#out !== text) return; // goes out with what was there before
     Promise.resolve().then(() => {
       const bytes = encode(this.#out, this.#encoding);
       this.#out = "";
