@@ -198,7 +198,8 @@ export function formatEvent(event: IvrEvent): string {
 type Fields = { type: string; [field: string]: unknown };
 
 /** Characters that no line can carry: those that end it, halves of surrogate pairs, and what Latin-1 does not have. */
-const UNFIT = { "utf-8": /[\0\r\n\p{Surrogate}]/gu, latin1: /[\0\r\n]|[^\0-\xff]/gu };
+const unfit = (encoding: Encoding): RegExp =>
+  encoding === "latin1" ? /[\0\r\n]|[^\0-\xff]/gu : /[\0\r\n\p{Surrogate}]/gu;
 
 /**
  * Writes a line in its form, as `EVENTS` has it, and refuses one that would not be read as it was meant. Fields that are
@@ -212,13 +213,16 @@ function format(
   encoding: Encoding = "utf-8",
 ): string {
   const fields = form?.split(",") ?? refuse("type", meant.type, "there is no such thing");
-  const parts = fields.map((field) => texts[field] ?? meant[field]);
-  parts[0] ??= fields[0]; // a tag stands for itself
-  while (parts.at(-1) === undefined) parts.pop();
-  const line = parts.join().replace(UNFIT[encoding], "?"); // so it is not read as it was meant
+  const parts = fields.map((field) => field.length > 1 ? texts[field] ?? meant[field] : field); // a tag is itself
+  while (parts.length > 1 && parts.at(-1) === undefined) parts.pop();
+  const line = parts.join();
+  if (line.search(unfit(encoding)) >= 0) {
+    refuse(form!, JSON.stringify(line), `CR, LF, NUL and what ${encoding} lacks have no place in a line`);
+  }
   const read = parse(line);
-  if (["type", ...fields].some((field) => JSON.stringify(meant[field]) !== JSON.stringify(read[field]))) {
-    refuse(form!, JSON.stringify(meant), `it would arrive at best as ${JSON.stringify(read)}`);
+  const differs = (field: string) => field.length > 1 && JSON.stringify(meant[field]) !== JSON.stringify(read[field]);
+  if (["type", ...fields].some(differs)) {
+    refuse(form!, JSON.stringify(meant), `it would be read as ${JSON.stringify(read).slice(0, 999)}`);
   }
   return line + "\n";
 }
@@ -916,7 +920,7 @@ export class Session {
       const pieces: string[] = [];
       const room = new Uint8Array(MAX_COMMAND_BYTES - "L,".length);
       for (const line of text.split(/[\n\r]/)) {
-        let rest = line.replace(/\p{Cc}/gu, " ").replace(UNFIT[this.#encoding], "?");
+        let rest = line.replace(/\p{Cc}/gu, " ").replace(unfit(this.#encoding), "?");
         while (rest) {
           const { read } = new TextEncoder().encodeInto(rest, room);
           pieces.push(rest.slice(0, read).trimEnd());
@@ -1011,8 +1015,7 @@ export class Session {
         if (value) return Promise.resolve({ value, done: false });
         const promise: Promise<IteratorResult<IvrEvent, undefined>> = new Promise((resolve, reject) => {
           const fail = (error: unknown) => (promise.catch(ignore), reject(error)); // nobody may await it any more
-          this.#waiters ??= new Queue();
-          this.#waiters.push({ left: () => left, resolve, reject: fail });
+          (this.#waiters ??= new Queue()).push({ left: () => left, resolve, reject: fail });
         });
         if (left || this.#ending) this.#dismiss();
         return promise;
@@ -1060,6 +1063,10 @@ export class Session {
 
   /** Gives an event to who asked for it; everything else goes to the iterator. */
   #receive(event: IvrEvent): void {
+    if (event.type === "dtmf" && this.#collect) {
+      this.#events.push(event);
+      return this.#collect();
+    }
     const answered = this.#pending?.receive(event);
     if (answered) this.#wake();
     if (answered?.hidden) return;
@@ -1069,12 +1076,11 @@ export class Session {
     }
     this.#show(event);
     if (event.type === "hangup" || event.type === "inform" && event.message === "HANGUP") this.#hungUp();
-    this.#collect?.();
   }
 
   /** Gives an event to the iterator that waits for it, or lets it wait. */
   #show(event: IvrEvent): void {
-    if (this.#waiters?.size && !this.#events.size && !this.#collect) {
+    if (this.#waiters?.size && !this.#events.size) {
       return this.#waiters.take()!.resolve({ value: event, done: false });
     }
     this.#events.push(event);
@@ -1082,13 +1088,16 @@ export class Session {
   }
 
   #takeKey(): Digit | undefined {
-    const key = this.#events.take((event) => event.type === "dtmf");
-    return (key as IvrEvent & { type: "dtmf" } | undefined)?.digit;
+    return (this.#take((event) => event.type === "dtmf") as IvrEvent & { type: "dtmf" } | undefined)?.digit;
   }
 
   /** The oldest event that the iterator may have: not a key while a gather is under way. */
   #next(): IvrEvent | undefined {
-    const event = this.#events.take(this.#collect && ((event) => event.type !== "dtmf"));
+    return this.#take(this.#collect && ((event) => event.type !== "dtmf"));
+  }
+
+  #take(wanted?: (event: IvrEvent) => boolean): IvrEvent | undefined {
+    const event = this.#events.take(wanted);
     if (!this.#events.size) this.#drained?.();
     return event;
   }
@@ -1102,10 +1111,12 @@ export class Session {
 
   /** Ends the waiting of loops that were left, or of all loops when the call is over. */
   #dismiss(): void {
-    const over = (waiter: Waiter) => !!this.#ending || waiter.left();
-    for (let waiter; (waiter = this.#waiters?.take(over));) {
+    const waiters = this.#waiters;
+    this.#waiters = undefined;
+    for (let waiter; (waiter = waiters?.take());) {
       if (this.#ending?.by === "error" && !waiter.left()) waiter.reject(this.#ending.error);
-      else waiter.resolve({ value: undefined, done: true });
+      else if (this.#ending || waiter.left()) waiter.resolve({ value: undefined, done: true });
+      else (this.#waiters ??= new Queue()).push(waiter);
     }
   }
 
@@ -1116,7 +1127,7 @@ export class Session {
       refuse("maxDigits", maxDigits, "it has to be a whole number above zero");
     }
     for (const [field, ms] of Object.entries({ timeout, interDigitTimeout })) {
-      if (!(ms >= 0)) refuse(field, ms, "it has to be milliseconds");
+      if (typeof ms !== "number" || !(ms >= 0)) refuse(field, ms, "it has to be milliseconds");
     }
     for (const key of terminators) {
       if (!DIGITS.includes(key)) refuse("terminators", key, "no such key");
@@ -1125,7 +1136,7 @@ export class Session {
     const files = [prompt].flat(); // emptied when they are queued
     for (const file of files) formatCommand({ type: "queue", file }, this.#encoding); // all are good before one is sent
 
-    let playing: Asked[] = []; // those of our prompts that have not ended
+    let playing = 0; // how many of our prompts have not ended
     let digits = "";
     let late = false;
     let timer: Timer | undefined;
@@ -1133,13 +1144,17 @@ export class Session {
       stop(timer);
       if (ms < 2 ** 31) timer = later(() => (late = true, collect()), ms); // a longer one would go off at once
     };
+    const ended = () => {
+      if (!playing) return; // interrupted
+      playing--;
+      collect();
+    };
     // Looks at all there is to know, whatever has changed
     const collect = () => {
       const over = this.#gone ? "hangup" : signal?.aborted ? "aborted" : late ? "timeout" : undefined;
       let reason: Gathered["reason"] | undefined;
       let terminator: Digit | undefined;
-      playing = playing.filter((prompt) => this.#pending!.playlist.includes(prompt));
-      const takes = over || bargeIn || !playing.length && !files.length;
+      const takes = over || bargeIn || !playing && !files.length;
       for (let key; takes && !reason && (key = this.#takeKey());) {
         if (terminators.includes(key)) {
           terminator = key;
@@ -1151,8 +1166,8 @@ export class Session {
         }
       }
       reason ??= over;
-      if (playing.length && (digits || reason)) {
-        playing = [];
+      if (playing && (digits || reason)) {
+        playing = 0;
         if (!this.#gone) this.interrupt();
       }
       if (reason) {
@@ -1162,38 +1177,39 @@ export class Session {
         resolve({ digits, reason, ...terminator && { terminator } });
         this.#deliver(); // the keys that are left
       } else if (!digits) {
-        for (const file of files.splice(0)) {
-          this.queue(file);
-          playing.push(this.#pending!.playlist.at(-1)!);
-        }
-        if (!playing.length && !timer) wait(timeout);
+        playing += files.length;
+        for (const file of files.splice(0)) this.#ask({ type: "queue", file }, "outcome", ended, ignore);
+        if (!playing && timer === undefined) wait(timeout);
       }
     };
 
     while (options.flush && this.#takeKey());
-    this.#collect = collect;
+    if (signal?.aborted) return resolve({ digits, reason: "aborted" });
     signal?.addEventListener("abort", collect);
+    this.#collect = collect;
     collect();
   }
 
-  /** Sends a command, with a question behind it if it has no answer of its own. */
   #send<Result = void>(command: IvrCommand, wanted: Wanted = "done"): Promise<Result> {
     return quiet(() =>
-      new Promise<unknown>((resolve, reject) => {
-        let lines = formatCommand(command, this.#encoding);
-        if (command.type === "hangup" || command.type === "exit") {
-          resolve(this.closed.then(ignore));
-          if (this.#leaving || this.#ending) return;
-          this.#leaving = command.type;
-        } else {
-          const pending = this.#pending ??= new Pending();
-          lines += pending.add(command, wanted, resolve, reject);
-          if (this.#ending) return pending.end();
-        }
-        this.#write(lines);
-        this.#wake();
-      })
+      new Promise<unknown>((resolve, reject) => this.#ask(command, wanted, resolve, reject))
     ) as Promise<Result>;
+  }
+
+  /** Sends a command, with a question behind it if it has no answer of its own. */
+  #ask(command: IvrCommand, wanted: Wanted, resolve: Asked["resolve"], reject: Asked["reject"]): void {
+    let lines = formatCommand(command, this.#encoding);
+    if (command.type === "hangup" || command.type === "exit") {
+      resolve(this.closed.then(ignore));
+      if (this.#leaving || this.#ending) return;
+      this.#leaving = command.type;
+    } else {
+      const pending = this.#pending ??= new Pending();
+      lines += pending.add(command, wanted, resolve, reject);
+      if (this.#ending) return pending.end();
+    }
+    this.#write(lines);
+    this.#wake();
   }
 
   /** Writes what is sent in one turn in one go. */

@@ -419,6 +419,8 @@ test("commands: fields in any order, and others that mean nothing", () => {
   const command = { at: 5, duration: 80, digits: "1", interval: undefined, type: "dtmf" } as const;
   assert.equal(formatCommand(command), "D,1,,80\n");
   assert.equal(formatEvent({ file: undefined, at: 5, timestamp, type: "interrupted" } as IvrEvent), "T,1795372496\n");
+  assert.equal(formatCommand({ type: "play", file: "a", S: "b" } as IvrCommand), "S,a\n");
+  assert.throws(() => formatCommand({ type: "play", file: "a\nH,bye" }, "utf8" as "utf-8"), code("invalid"));
   for (const type of ["", "beep", undefined]) {
     assert.throws(() => formatCommand({ type } as unknown as IvrCommand), code("invalid"));
     assert.throws(() => formatEvent({ type, timestamp } as unknown as IvrEvent), code("invalid"));
@@ -1091,6 +1093,44 @@ test("gather: the hangup comes before the signal that tells of it, keys before a
   assert.deepEqual(await gathered, { digits: "7", reason: "maxDigits" });
   host.session.log("next");
   assert.equal(await host.hears(), "L,next"); // and no interrupt for a prompt that was over
+});
+
+test("gather: a prompt that nobody could open is over with the next command that clears the playlist", async () => {
+  for (const clear of ["interrupt", "play"] as const) {
+    await using host = wired();
+    const acknowledge = async () => host.say((await host.hears()).replace("G,", "G,1,") + "=");
+    const gathered = host.session.gather({ prompt: "unopenable", bargeIn: false, timeout: 0, maxDigits: 2 });
+    assert.equal(await host.hears(), "A,unopenable");
+    await acknowledge();
+    host.say("1,1"); // waits, since the prompt is not to be interrupted
+    const cleared = host.session[clear]("next");
+    await host.hears();
+    await acknowledge();
+    if (clear === "interrupt") await cleared;
+    host.say("2,1");
+    assert.deepEqual(await gathered, { digits: "12", reason: "maxDigits" });
+  }
+});
+
+test("gather: keys that it leaves reach the iterator before the event that ended it", async () => {
+  await using host = wired();
+  const gathered = host.session.gather({ prompt: "a", bargeIn: false, maxDigits: 1 });
+  const events = host.session[Symbol.asyncIterator]();
+  const seen = [events.next(), events.next(), events.next()];
+  host.say("1,1", "2,1", "3,1", "F,1,a");
+  assert.deepEqual(await gathered, { digits: "1", reason: "maxDigits" });
+  const types = (await Promise.all(seen)).map(({ value }) => value?.type === "dtmf" ? value.digit : value?.type);
+  assert.deepEqual(types, ["2", "3", "finished"]);
+});
+
+test("gather: one that was aborted before it began, or that could not begin, leaves the keys to the next", async () => {
+  await using host = wired();
+  host.say("1,1", "2,1");
+  assert.deepEqual(await host.session.gather({ signal: AbortSignal.abort() }), { digits: "", reason: "aborted" });
+  for (const options of [{ signal: {} as AbortSignal }, { timeout: "5" as unknown as number }]) {
+    await assert.rejects(host.session.gather(options));
+  }
+  assert.deepEqual(await host.session.gather({ maxDigits: 2 }), { digits: "12", reason: "maxDigits" });
 });
 
 // ---------------------------------------------------------------------------------------------------------
