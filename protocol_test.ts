@@ -1099,7 +1099,7 @@ test("gather: a prompt that nobody could open is over with the next command that
   for (const clear of ["interrupt", "play"] as const) {
     await using host = wired();
     const acknowledge = async () => host.say((await host.hears()).replace("G,", "G,1,") + "=");
-    const gathered = host.session.gather({ prompt: "unopenable", bargeIn: false, timeout: 0, maxDigits: 2 });
+    const gathered = host.session.gather({ prompt: "unopenable", bargeIn: false, maxDigits: 1 });
     assert.equal(await host.hears(), "A,unopenable");
     await acknowledge();
     host.say("1,1"); // waits, since the prompt is not to be interrupted
@@ -1107,8 +1107,7 @@ test("gather: a prompt that nobody could open is over with the next command that
     await host.hears();
     await acknowledge();
     if (clear === "interrupt") await cleared;
-    host.say("2,1");
-    assert.deepEqual(await gathered, { digits: "12", reason: "maxDigits" });
+    assert.deepEqual(await gathered, { digits: "1", reason: "maxDigits" });
   }
 });
 
