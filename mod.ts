@@ -659,7 +659,7 @@ class Pending {
     return own ? "" : `G,${name}\n`;
   }
 
-  /** Settles what an event tells of, and gives the command that it answers. */
+  /** Settles what an event tells of, and gives the command that it answers, if it is an answer. */
   receive(event: IvrEvent): Asked | undefined {
     switch (event.type) {
       case "params":
@@ -922,7 +922,7 @@ export class Session {
       for (const line of text.split(/[\n\r]/)) {
         let rest = line.replace(/\p{Cc}/gu, " ").replace(unfit(this.#encoding), "?");
         while (rest) {
-          const { read } = new TextEncoder().encodeInto(rest, room);
+          const { read } = new TextEncoder().encodeInto(rest, room); // whole characters, as many as fit
           pieces.push(rest.slice(0, read).trimEnd());
           rest = rest.slice(read);
         }
@@ -1070,7 +1070,7 @@ export class Session {
     const answered = this.#pending?.receive(event);
     if (answered) this.#wake();
     if (answered?.hidden) return;
-    if (event.type === "hangup" || event.type === "exit") {
+    if (!this.#said && (event.type === "hangup" || event.type === "exit")) {
       this.#said = event.type === "hangup" && this.#leaving !== "hangup" ? "caller" : event.type;
       this.#expectEnd();
     }

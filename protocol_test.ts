@@ -1033,7 +1033,14 @@ test("session: close ends in time, whatever the streams do", async () => {
 test("session: a peer that says H or E and does not end the stream is left after a second", async () => {
   for (const [last, by] of [["H,1\n", "caller"], ["E,1\n", "exit"]] as const) {
     const call = dialStreams(async () => {
-      const readable = new ReadableStream<Uint8Array>({ start: (controller) => controller.enqueue(utf8(last)) });
+      let again: ReturnType<typeof setInterval>; // which does not put it off
+      const readable = new ReadableStream<Uint8Array>({
+        start(controller) {
+          controller.enqueue(utf8(last));
+          again = setInterval(() => controller.enqueue(utf8(last)), 300);
+        },
+        cancel: () => clearInterval(again),
+      });
       const session = new Session({ readable, writable: new WritableStream() });
       const pending = session.set({ A: "1" });
       if (by === "exit") await session.exit();
