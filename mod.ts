@@ -511,6 +511,7 @@ class Cutter<Line> {
   take(): Line | undefined {
     let text = this.#text;
     let from = this.#from;
+    if (from === text.length) return undefined; // most chunks end with a line
     let to = text.indexOf("\n", from);
     if (to < 0) {
       this.#rest += text.slice(from); // not searched again: a long line in small chunks would take for ever
