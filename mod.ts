@@ -727,7 +727,7 @@ interface Link<T> {
   next: Link<T> | undefined;
 }
 
-/** What waits, the oldest first. Taking it out costs the same however long the queue is, also from its middle. */
+/** What waits, the oldest first. Adding costs the same however long the queue is, and so does taking the oldest. */
 class Queue<T> {
   size = 0;
   #oldest?: Link<T> | undefined;
