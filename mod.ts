@@ -119,8 +119,12 @@ const EVENTS: Record<IvrEvent["type"], string> = {
  * ```
  */
 export function parseEvent(line: string): IvrEvent {
-  if (line.endsWith("\n")) line = line.replace(/\r?\n$/, "");
+  line = chomp(line);
   return eventIn(line, 0, line.length);
+}
+
+function chomp(line: string): string {
+  return line.endsWith("\n") ? line.replace(/\r?\n$/, "") : line;
 }
 
 /** Reads the line that stands between two places of a text, so that nobody has to cut it out first. */
@@ -197,6 +201,9 @@ export function formatEvent(event: IvrEvent): string {
 /** An event or command by the names of its fields. */
 type Fields = { type: string; [field: string]: unknown };
 
+/** How characters become bytes: `latin1` carries every byte as the character of its number, both ways. */
+export type Encoding = "utf-8" | "latin1";
+
 /** Characters that no line can carry: those that end it, halves of surrogate pairs, and what Latin-1 does not have. */
 const unfit = (encoding: Encoding): RegExp =>
   encoding === "latin1" ? /[\0\r\n]|[^\0-\xff]/gu : /[\0\r\n\p{Surrogate}]/gu;
@@ -212,17 +219,18 @@ function format(
   parse: (line: string) => Fields,
   encoding: Encoding = "utf-8",
 ): string {
-  const fields = form?.split(",") ?? refuse("type", meant.type, "there is no such thing");
+  if (!form) refuse("type", meant.type, "there is no such thing");
+  const fields = form.split(",");
   const parts = fields.map((field) => field.length > 1 ? texts[field] ?? meant[field] : field); // a tag is itself
   while (parts.length > 1 && parts.at(-1) === undefined) parts.pop();
   const line = parts.join();
   if (line.search(unfit(encoding)) >= 0) {
-    refuse(form!, JSON.stringify(line), `CR, LF, NUL and what ${encoding} lacks have no place in a line`);
+    refuse(form, JSON.stringify(line), `CR, LF, NUL and what ${encoding} lacks have no place in a line`);
   }
   const read = parse(line);
   const differs = (field: string) => field.length > 1 && JSON.stringify(meant[field]) !== JSON.stringify(read[field]);
   if (["type", ...fields].some(differs)) {
-    refuse(form!, JSON.stringify(meant), `it would be read as ${JSON.stringify(read).slice(0, 999)}`);
+    refuse(form, JSON.stringify(meant), `it would be read as ${JSON.stringify(read).slice(0, 999)}`);
   }
   return line + "\n";
 }
@@ -262,9 +270,6 @@ export type IvrCommand =
   | { type: "hangup"; message?: string }
   | { type: "exit"; message?: string }
   | { type: "unknown"; line: string };
-
-/** How characters become bytes: `latin1` carries every byte as the character of its number, both ways. */
-export type Encoding = "utf-8" | "latin1";
 
 /** Asterisk cuts a longer line and runs the rest of it as the next command. */
 const MAX_COMMAND_BYTES = 1022;
@@ -344,7 +349,7 @@ export function parseCommand(line: string): IvrCommand {
     case "X":
       return { type: "exit", message: payload };
   }
-  return { type: "unknown", line: line.replace(/\r?\n$/, "") };
+  return { type: "unknown", line: chomp(line) };
 }
 
 /**
@@ -388,6 +393,13 @@ export function formatCommand(command: IvrCommand, encoding: Encoding = "utf-8")
   return line;
 }
 
+/** Bytes as a `TextEncoder` makes them: never of shared memory, which streams of some types refuse. */
+export type Bytes = ReturnType<InstanceType<typeof TextEncoder>["encode"]>;
+
+function encode(text: string, encoding: Encoding): Bytes {
+  return encoding === "latin1" ? Uint8Array.from(text, (char) => char.charCodeAt(0)) : new TextEncoder().encode(text);
+}
+
 /**
  * Reads the data of a `variables` event, given the names that were asked, in their order: so commas and equals signs in
  * values come back whole, as long as no value looks like the next name. A name whose value Asterisk cut away is absent.
@@ -427,9 +439,6 @@ export interface Source {
     cancel(reason?: unknown): Promise<void>;
   };
 }
-
-/** Bytes as a `TextEncoder` makes them: never of shared memory, which streams of some types refuse. */
-export type Bytes = ReturnType<InstanceType<typeof TextEncoder>["encode"]>;
 
 /** Where bytes go: a `WritableStream<Uint8Array>` of any runtime, or as much of one as is used. */
 export interface Sink {
@@ -546,10 +555,6 @@ class Cutter<Line> {
 }
 
 const ignore = (): void => {};
-
-function encode(text: string, encoding: Encoding): Bytes {
-  return encoding === "latin1" ? Uint8Array.from(text, (char) => char.charCodeAt(0)) : new TextEncoder().encode(text);
-}
 
 // ---------------------------------------------------------------------------------------------------------
 // 4. Session: a live call
@@ -679,9 +684,9 @@ class Pending {
   }
 
   #answered(name: string, answer: string | string[]): Asked | undefined {
-    const asked = this.asked.find((asked) => asked.name === name);
-    if (!asked) return undefined;
-    this.asked.splice(this.asked.indexOf(asked), 1);
+    const at = this.asked.findIndex((asked) => asked.name === name);
+    if (at < 0) return undefined;
+    const [asked] = this.asked.splice(at, 1) as [Asked];
     // `S` and `I` clear: what is still before them was skipped, and the `I` itself is over
     if (asked.type !== "queue") this.settle("skipped", this.playlist.indexOf(asked) + (asked.file ? 0 : 1));
     if (asked.wanted !== "outcome") asked.resolve(asked.wanted === "reply" ? answer : undefined);
