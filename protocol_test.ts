@@ -10,20 +10,18 @@ import process from "node:process";
 import { Duplex, Readable, Writable } from "node:stream";
 import { test } from "node:test";
 import { fileURLToPath } from "node:url";
+import { Asterisk, type CallerAction, parseDialplan } from "./examples/asterisk.ts";
+import { menu } from "./examples/menu.ts";
 import {
-  Asterisk,
   type Call,
-  type CallerAction,
   CallError,
   dial,
   dialStreams,
-  parseDialplan,
   type Recording,
   replay,
   type Streams,
   VirtualClock,
-} from "./examples/asterisk.ts";
-import { menu } from "./examples/menu.ts";
+} from "./examples/testing.ts";
 import {
   formatCommand,
   formatEvent,

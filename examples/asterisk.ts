@@ -1,43 +1,27 @@
 // Copyright 2026 the ExternalIVR authors. MIT license.
 
 /**
- * Asterisk's side of the wire, to try and to test an IVR without a telephone.
+ * Asterisk's side of the wire, over any pair of streams: to try an IVR without a telephone, or to build what calls one.
  *
- * {@linkcode dial} places a call to a handler, in a time of its own: prompts last as long as their files, timeouts
- * run, and a call of five minutes is over in milliseconds. {@linkcode Asterisk} is the host itself, over any pair of
- * streams.
+ * To test an IVR see `@externalivr/protocol/testing`, which places calls with this in a time of their own.
  *
- * What is virtual in a call that `dial` placed: everything that the handler does with `setTimeout` and
- * `setInterval`, and what it awaits of its session or streams. What is not: files, sockets, `fetch`, `Date`,
- * `AbortSignal.timeout`. The clock does not wait for those, unless they go through {@linkcode VirtualClock.hold}.
- *
- * @example A conversation
+ * @example
  * ```ts
  * import assert from "node:assert/strict";
- * import type { Session } from "@externalivr/protocol";
- * import { dial } from "@externalivr/protocol/asterisk";
+ * import { Session } from "@externalivr/protocol";
+ * import { Asterisk } from "@externalivr/protocol/asterisk";
  *
- * async function ivr(session: Session) {
- *   const { digits } = await session.gather({ prompt: "enter-account", maxDigits: 8 });
- *   await session.set({ ACCOUNT: digits });
- *   await session.play("thank-you");
- *   await session.exit();
- * }
- *
- * const call = dial(ivr, { sounds: { "enter-account": 4, "thank-you": 1.5 } });
- * await call.hears("enter-account");
- * await call.press("1234#");
- * await call.hears("thank-you");
- * await call.hangUp();
- * await call.over();
- * assert.deepEqual(call.variables.ACCOUNT, "1234");
+ * const events = new TransformStream<Uint8Array, Uint8Array>();
+ * const commands = new TransformStream<Uint8Array, Uint8Array>();
+ * const host = new Asterisk({ readable: commands.readable, writable: events.writable });
+ * const ivr = new Session({ readable: events.readable, writable: commands.writable });
+ * await ivr.exit();
+ * assert.deepEqual(await host.left, "continued");
  * ```
  *
  * @module
  */
 
-import { AsyncLocalStorage, AsyncResource } from "node:async_hooks";
-import { setImmediate } from "node:timers";
 import {
   type Bytes,
   type Digit,
@@ -46,7 +30,6 @@ import {
   type IvrEvent,
   lines,
   parseCommand,
-  Session,
   type Sink,
   type Source,
 } from "../mod.ts";
@@ -72,166 +55,9 @@ export const realClock: Clock = {
   clearTimeout: (timer) => clearTimeout(timer as number),
 };
 
-interface Timer {
-  at: number;
-  run: () => void;
-}
-
-/** A time that passes only when {@linkcode VirtualClock.step} is called, from timer to timer. */
-export class VirtualClock implements Clock {
-  #now = 0;
-  #timers: Timer[] = [];
-  #held = 0;
-
-  /** Milliseconds since the clock was made. */
-  now(): number {
-    return this.#now;
-  }
-
-  /** How many timers are set. */
-  get pending(): number {
-    return this.#timers.length;
-  }
-
-  /** Runs something when the time has come; timers of the same time in the order they were set. */
-  setTimeout(run: () => void, ms: number): unknown {
-    // To the nanosecond, so that what is due together stays together
-    const timer = { at: Math.round((this.#now + Math.max(0, ms || 0)) * 1e6) / 1e6, run };
-    let at = this.#timers.length;
-    while (at > 0 && this.#timers[at - 1]!.at > timer.at) at--;
-    this.#timers.splice(at, 0, timer);
-    return timer;
-  }
-
-  /** Forgets a timer. */
-  clearTimeout(timer: unknown): void {
-    const at = this.#timers.indexOf(timer as Timer);
-    if (at >= 0) this.#timers.splice(at, 1);
-  }
-
-  /** When the next timer is due, if there is one. */
-  get next(): number | undefined {
-    return this.#timers[0]?.at;
-  }
-
-  /** Goes to the next timer and runs it. False when there is none. */
-  step(): boolean {
-    const timer = this.#timers.shift();
-    if (!timer) return false;
-    this.#now = timer.at;
-    timer.run();
-    return true;
-  }
-
-  /** Lets everything happen that takes no time, and what is held. */
-  async settle(): Promise<void> {
-    do await new Promise<void>((resolve) => void setImmediate(resolve)); while (this.#held > 0);
-  }
-
-  /**
-   * Stops the clock until something outside the call is done: a file, a request.
-   *
-   * @example
-   * ```ts
-   * import { VirtualClock } from "@externalivr/protocol/asterisk";
-   *
-   * const clock = new VirtualClock();
-   * await clock.hold(Promise.resolve("the account"));
-   * ```
-   */
-  async hold<T>(outside: Promise<T>): Promise<T> {
-    this.#held++;
-    try {
-      return await outside;
-    } finally {
-      this.#held--;
-    }
-  }
-
-  /**
-   * Runs code for which `setTimeout` and `setInterval` are this clock's, in all that it calls and awaits until it is
-   * done. For everybody else they stay what they were.
-   */
-  async run<T>(code: () => T | Promise<T>): Promise<T> {
-    borrowTimers();
-    try {
-      return await current.run(this, code);
-    } finally {
-      returnTimers();
-    }
-  }
-}
-
-const current = new AsyncLocalStorage<VirtualClock>();
-
-/** A timer of a virtual clock, as the runtimes' own look. */
-class VirtualTimer {
-  clock: VirtualClock;
-  timer: unknown;
-
-  constructor(clock: VirtualClock, run: () => void, ms: number, repeat: boolean) {
-    this.clock = clock;
-    const bound = AsyncResource.bind(run);
-    const tick = () => {
-      if (repeat) this.timer = clock.setTimeout(tick, Math.max(1, ms));
-      bound();
-    };
-    this.timer = clock.setTimeout(tick, ms);
-  }
-
-  ref(): this {
-    return this;
-  }
-
-  unref(): this {
-    return this;
-  }
-}
-
-/** How many calls need the global timers, and what puts them back. */
-let borrowers = 0;
-let giveBack = (): void => {};
-
-/** Puts the global timers behind a look at whose code calls them. */
-function borrowTimers(): void {
-  if (borrowers++) return;
-  const { setTimeout, setInterval, clearTimeout, clearInterval } = globalThis;
-  const own = { setTimeout, setInterval, clearTimeout, clearInterval };
-  giveBack = () => void Object.assign(globalThis, own);
-  const start = (name: "setTimeout" | "setInterval") => (run: () => void, ms = 0, ...args: unknown[]) => {
-    const clock = current.getStore();
-    if (!clock) {
-      return (own[name] as (...args: unknown[]) => unknown)(run, ms, ...args);
-    }
-    return new VirtualTimer(clock, () => (run as (...args: unknown[]) => void)(...args), ms, name === "setInterval");
-  };
-  const stop = (name: "clearTimeout" | "clearInterval") => (timer: unknown) => {
-    if (timer instanceof VirtualTimer) timer.clock.clearTimeout(timer.timer);
-    else (own[name] as (timer: unknown) => void)(timer);
-  };
-  Object.assign(globalThis, {
-    setTimeout: start("setTimeout"),
-    setInterval: start("setInterval"),
-    clearTimeout: stop("clearTimeout"),
-    clearInterval: stop("clearInterval"),
-  });
-}
-
-function returnTimers(): void {
-  if (!--borrowers) giveBack();
-}
-
 // ---------------------------------------------------------------------------------------------------------
 // The host
 // ---------------------------------------------------------------------------------------------------------
-
-/** A pair of streams, as an IVR gets it. */
-export interface Streams {
-  /** The events. */
-  readable: ReadableStream<Uint8Array>;
-  /** The commands. */
-  writable: WritableStream<Uint8Array>;
-}
 
 /** The dialplan's call of `ExternalIVR`. */
 export interface Dialplan {
@@ -294,6 +120,9 @@ export interface HostOptions extends Partial<Dialplan> {
 /** How a call left `ExternalIVR`: `continued` in the dialplan, or `hungup`. */
 export type Left = "continued" | "hungup";
 
+/** What a caller does, when: seconds since the call began. */
+export type CallerAction = readonly [at: number, does: "press", keys: string] | readonly [at: number, does: "hangup"];
+
 /** What is playing. */
 export interface Playing {
   /** The file. */
@@ -314,20 +143,6 @@ const REACTION = 0.2;
 /**
  * One call in Asterisk's `ExternalIVR`, as strict as the real one: short commands are ignored, long ones cut, a burst
  * stalls, a `D` or half a line blocks everything else.
- *
- * @example Over a pair of streams
- * ```ts
- * import assert from "node:assert/strict";
- * import { Session } from "@externalivr/protocol";
- * import { Asterisk } from "@externalivr/protocol/asterisk";
- *
- * const events = new TransformStream<Uint8Array, Uint8Array>();
- * const commands = new TransformStream<Uint8Array, Uint8Array>();
- * const host = new Asterisk({ readable: commands.readable, writable: events.writable });
- * const ivr = new Session({ readable: events.readable, writable: commands.writable });
- * await ivr.exit();
- * assert.deepEqual(await host.left, "continued");
- * ```
  */
 export class Asterisk {
   /** The channel's variables, and functions like `CALLERID(name)`, as they are now. */
@@ -785,15 +600,6 @@ function checkKey(key: string): void {
 type Untimed = IvrEvent extends infer E ? E extends { timestamp: number } ? Omit<E, "timestamp"> : never
   : never;
 
-/** The same with every text as its UTF-8 bytes, each a character. */
-function inBytes<T>(value: T): T {
-  return JSON.parse(JSON.stringify(value), (_, item) => {
-    if (typeof item === "string") return utf8Bytes(item);
-    if (item === null || typeof item !== "object" || Array.isArray(item)) return item;
-    return Object.fromEntries(Object.entries(item).map(([name, own]) => [utf8Bytes(name), own]));
-  });
-}
-
 function utf8Bytes(text: string): string {
   return fromBytes(new TextEncoder().encode(text));
 }
@@ -861,419 +667,7 @@ function split(text: string): string[] {
   return parts;
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// Calls in a time of their own
-// ---------------------------------------------------------------------------------------------------------
-
-/** What goes wrong on the way between Asterisk and the IVR. */
-export interface Faults {
-  /** Events come in chunks of so many bytes. */
-  chunk?: number | (() => number);
-  /** The connection is reset after so many bytes of events. */
-  resetAfter?: number;
-  /** The events end after so many bytes, without an `H`. */
-  endAfter?: number;
-  /** Asterisk takes so many seconds for each chunk of commands; `Infinity` reads nothing at all. */
-  readDelay?: number;
-}
-
-/** What a call is like. */
-export interface DialOptions extends Omit<HostOptions, "clock"> {
-  /** What goes wrong. */
-  faults?: Faults;
-  /** A clock to share with other calls. The default is one of its own. */
-  clock?: VirtualClock;
-}
-
-/** What a caller does, when: seconds since the call began. */
-export type CallerAction = readonly [at: number, does: "press", keys: string] | readonly [at: number, does: "hangup"];
-
-/** A call as it is recorded: times in seconds from the connection, bytes as the characters U+0000 to U+00FF. */
-export interface Recording extends Dialplan {
-  /** The playable files and their lengths in seconds. */
-  sounds: Record<string, number>;
-  /** The channel's variables before the call. */
-  variables: Record<string, string>;
-  /** The global variables before the call. */
-  globals: Record<string, string>;
-  /** `[at, "press", keys]`, each key held 100 ms, 150 ms between keys; `[at, "hangup"]`. */
-  caller: CallerAction[];
-  /** `[at, text]` sent in one write; `null` ends the commands. */
-  steps: (readonly [at: number, text: string | null])[];
-  /** `[at, line]` each line that came back. */
-  received: (readonly [at: number, line: string])[];
-  /** When and how the events ended. */
-  ended: readonly [at: number, how: string] | null;
-  /** What Asterisk logged, and `CONTINUED` or `HUNGUP`. */
-  log: string[];
-  /** As in {@linkcode HostOptions}, where it was not the default. */
-  version?: number;
-  /** As in {@linkcode HostOptions}, where it was not the default. */
-  answerable?: boolean;
-  /** As in {@linkcode HostOptions}, where it was not the default. */
-  unreadable?: string[];
-}
-
-/** A script that cannot go on: the message ends with the transcript of the call. */
-export class CallError extends Error {
-  /** Always `"CallError"`. */
-  override name = "CallError";
-}
-
 /** Whether a line of the wire only serves to acknowledge a command of a {@linkcode Session}. */
 export function isAcknowledgement(line: string): boolean {
   return /^G,(?: *-?\d+,)?EIVR_ACK_\d+=?$/.test(line);
-}
-
-const MARKS: Record<Note["kind"], string> = {
-  event: "<--",
-  command: "-->",
-  log: "log",
-  plays: "plays",
-  answers: "answered",
-  caller: "caller",
-  sends: "sends",
-  ends: "ended",
-};
-
-/** A step that takes so many seconds of the call's time waits for what never comes: wake-ups go on for ever. */
-const PATIENCE = 3600;
-
-/**
- * Places a call to a handler that takes a {@linkcode Session}.
- *
- * The call goes on while one of its methods is awaited, and no time passes otherwise.
- */
-export function dial(
-  handler: (session: Session) => unknown,
-  options?: DialOptions,
-): Call {
-  return new Call(answered(handler), options);
-}
-
-/** The call is over when the handler is, as with a program. */
-function answered(
-  handler: (session: Session) => unknown,
-): (streams: Streams) => Promise<void> {
-  return async (streams) => {
-    const session = new Session(streams);
-    try {
-      await handler(session);
-    } finally {
-      await session.close();
-    }
-  };
-}
-
-/** Places a call to a handler that takes the streams themselves. */
-export function dialStreams(
-  handler: (streams: Streams) => unknown,
-  options?: DialOptions,
-): Call {
-  return new Call(handler, options);
-}
-
-/** The caller's side of a call that {@linkcode dial} placed. */
-export class Call {
-  /** The host. */
-  readonly host: Asterisk;
-  /** The call's clock. */
-  readonly clock: VirtualClock;
-  /** Everything that happened, in order. */
-  readonly notes: Note[] = [];
-
-  #options: DialOptions;
-  #steps: [number, string | null][] = [];
-  #received: [number, string][] = [];
-  #caller: CallerAction[] = [];
-  #heard = 0;
-  #handler: "running" | "done" | "failed" = "running";
-  #failure: unknown;
-  #left?: Left;
-  #turn: Promise<unknown> = Promise.resolve();
-
-  /** Places the call: see {@linkcode dial}. */
-  constructor(
-    handler: (streams: Streams) => unknown,
-    options: DialOptions = {},
-  ) {
-    this.#options = options;
-    this.clock = options.clock ?? new VirtualClock();
-    const { ivr, host } = this.#connect(options.faults ?? {});
-    this.host = new Asterisk(host, {
-      ...options,
-      clock: this.clock,
-      onNote: (note) => {
-        this.notes.push(note);
-        options.onNote?.(note);
-      },
-    });
-    this.host.left.then((left) => this.#left = left);
-    this.clock.run(async () => {
-      try {
-        await undefined; // so that the handler may use the call
-        await handler(ivr);
-        this.#handler = "done";
-      } catch (error) {
-        this.#handler = "failed";
-        this.#failure = error;
-      }
-      await this.host.left;
-      await this.clock.settle(); // the streams close
-    });
-  }
-
-  /** The channel's variables as they are now. */
-  get variables(): Record<string, string> {
-    return this.host.variables;
-  }
-
-  /** Asterisk's log. */
-  get log(): string[] {
-    return this.host.log;
-  }
-
-  /** The files that began to play, in order. */
-  get heard(): string[] {
-    return this.notes.filter(({ kind }) => kind === "plays").map(({ text }) => text);
-  }
-
-  /** Waits until a file begins to play; ones before it are passed over. Each beginning counts once. */
-  async hears(file: string): Promise<void> {
-    await this.until(`"${file}" to play`, () => {
-      const at = this.heard.indexOf(file, this.#heard);
-      if (at >= 0) this.#heard = at + 1;
-      return at >= 0;
-    });
-  }
-
-  /** Presses keys, one after the other: 100 ms each, 150 ms between them. */
-  async press(keys: string): Promise<void> {
-    const last = this.plan([[this.host.at, "press", keys]]);
-    await this.until(`"${keys}" to be pressed`, () => this.host.at >= last);
-  }
-
-  /** Hangs up. */
-  async hangUp(): Promise<void> {
-    this.plan([[this.host.at, "hangup"]]);
-    await this.until("the caller to hang up", () => true, true);
-  }
-
-  /** Has the caller do things by themselves while the script goes on: see {@linkcode Asterisk.plan}. */
-  plan(caller: CallerAction[]): number {
-    this.#caller.push(...caller);
-    return this.host.plan(caller);
-  }
-
-  /** Lets so many seconds pass. */
-  async wait(seconds: number): Promise<void> {
-    let done = false;
-    this.clock.setTimeout(() => done = true, seconds * 1000);
-    await this.until(`${seconds} s to pass`, () => done, true);
-  }
-
-  /**
-   * Waits for the end of the call and of its handler, and tells where the call went. Rejects with what the handler threw,
-   * if it did.
-   */
-  async over(): Promise<Left> {
-    const done = () =>
-      this.#handler === "failed" ||
-      this.#handler === "done" && this.#left !== undefined;
-    await this.until("the call and its handler to end", done, true);
-    if (this.#handler === "done") return this.#left!;
-    this.host.hangUp();
-    throw this.#failure;
-  }
-
-  /**
-   * Waits for anything: `test` is tried whenever something may have happened. Rejects with a {@linkcode CallError} as soon
-   * as nothing more can happen, when the call ends (unless `after` it is fine), and when an hour of its time has passed.
-   */
-  until(what: string, test: () => boolean, after = false): Promise<void> {
-    const step = new CallError(`Waited for ${what}`); // here, so that its stack leads to the script
-    const turn = this.#turn.then(() => this.#until(step, test, after));
-    this.#turn = turn.catch(() => {});
-    return turn;
-  }
-
-  /** The call so far, a line for everything that happened but acknowledgements: when, what, and the text. */
-  transcript(): string {
-    return this.notes.filter(({ text }) => !isAcknowledgement(text)).map(({ at, kind, text }) => {
-      const line = JSON.stringify(text).slice(1, -1);
-      return `${at.toFixed(3).padStart(9)}  ${MARKS[kind].padEnd(8)} ${line}`
-        .trimEnd();
-    }).join("\n");
-  }
-
-  /** The call so far, as recordings are written. Of the {@linkcode Faults} only what they did to it is recorded. */
-  recording(): Recording {
-    const { application = "ivr://localhost", args = [], options = "", variables = {}, globals = {}, sounds } =
-      this.#options;
-    const { version, answerable, unreadable, encoding } = this.#options;
-    const ended = this.notes.find(({ kind }) => kind === "ends");
-    const set = Object.entries(this.variables).filter(([name, value]) => variables[name] !== value);
-    const texts = {
-      application,
-      args,
-      options,
-      sounds: { ...typeof sounds === "object" && sounds, ...Object.fromEntries(this.host.found) },
-      variables,
-      globals,
-      ...unreadable && { unreadable },
-      log: [
-        ...this.log,
-        ...ended?.text === "continued" ? [`CONTINUED ${set.map((pair) => pair.join("=")).join(" ")}`] : [],
-        ...ended ? ["HUNGUP"] : [],
-      ],
-    };
-    return {
-      ...encoding === "latin1" ? texts : inBytes(texts),
-      ...version !== undefined && { version },
-      ...answerable !== undefined && { answerable },
-      caller: this.#caller,
-      steps: this.#steps,
-      received: this.#received,
-      ended: ended ? [ended.at, "end"] : null,
-    };
-  }
-
-  /** Hangs up if the call still goes on, and waits for its end. */
-  async [Symbol.asyncDispose](): Promise<void> {
-    if (this.#left === undefined) await this.hangUp();
-    await this.over();
-  }
-
-  async #until(step: CallError, test: () => boolean, after: boolean): Promise<void> {
-    const began = this.clock.now();
-    for (;;) {
-      await this.clock.settle();
-      if (test()) return;
-      const why = this.#whyNot(began, after);
-      if (why) {
-        const { message } = step;
-        step.message = `${message}, but ${why}\n${this.transcript()}`;
-        step.stack = step.stack?.replace(message, () => step.message);
-        step.cause = this.#failure;
-        throw step;
-      }
-      this.clock.step();
-    }
-  }
-
-  /** Why a step that began then can go on no more, if it cannot. */
-  #whyNot(began: number, after: boolean): string | undefined {
-    if (this.#handler === "failed") return `the handler failed: ${this.#failure}`;
-    if (this.#left !== undefined && !after) return "the call is over";
-    if ((this.clock.next ?? Infinity) <= began + PATIENCE * 1000) return undefined;
-    if (this.#handler === "done") return "nothing more can happen: the handler is done";
-    return "nothing more can happen (a handler that awaits a file or a request needs VirtualClock.hold)";
-  }
-
-  /** Two pipes as long as a socket's buffers, with what goes wrong in them. */
-  #connect({ chunk = Infinity, resetAfter, endAfter, readDelay }: Faults): { ivr: Streams; host: Streams } {
-    const room = { highWaterMark: 1000 };
-    let fail = (_: Error): void => {};
-    let sent = 0;
-    const events = new TransformStream<Uint8Array, Uint8Array>(
-      {
-        transform: (bytes, controller) => {
-          this.#received.push([this.host.at, fromBytes(bytes).slice(0, -1)]); // a write is a line
-          while (bytes.length) {
-            const size = Math.max(1, typeof chunk === "function" ? chunk() : chunk);
-            const piece = bytes.slice(
-              0,
-              Math.min(size, (resetAfter ?? Infinity) - sent, (endAfter ?? Infinity) - sent),
-            );
-            bytes = bytes.slice(piece.length);
-            if (piece.length) controller.enqueue(piece);
-            sent += piece.length;
-            if (sent === endAfter) return controller.terminate();
-            if (sent === resetAfter) {
-              const reset = new Error("Connection reset by peer");
-              fail(reset);
-              return controller.error(reset);
-            }
-          }
-        },
-      },
-      room,
-      room,
-    );
-    const commands = new TransformStream<Uint8Array, Uint8Array>(
-      {
-        start: (controller) => void (fail = (error) => controller.error(error)),
-        transform: async (bytes, controller) => {
-          if (readDelay === Infinity) await new Promise(() => {});
-          if (readDelay) {
-            await new Promise<void>((resolve) => this.clock.setTimeout(resolve, readDelay * 1000));
-          }
-          this.#steps.push([this.host.at, fromBytes(bytes)]);
-          controller.enqueue(bytes);
-        },
-        flush: () => void this.#steps.push([this.host.at, null]),
-      },
-      room,
-      room,
-    );
-    return {
-      ivr: { readable: events.readable, writable: commands.writable },
-      host: { readable: commands.readable, writable: events.writable },
-    };
-  }
-}
-
-/**
- * Plays a recording: its caller against a handler, or, without one, against the very commands that were recorded. Resolves
- * with the recording of what happened now.
- *
- * @example
- * ```ts
- * import assert from "node:assert/strict";
- * import { dial, replay } from "@externalivr/protocol/asterisk";
- *
- * const call = dial((ivr) => ivr.exit("done"), { epoch: 1795372484 });
- * await call.over();
- * const recording = call.recording();
- * assert.deepEqual((await replay(recording)).log, recording.log);
- * ```
- */
-export async function replay(
-  recording: Recording,
-  handler?: (session: Session) => unknown,
-): Promise<Recording> {
-  const { caller, steps, received, ended, log: _, ...options } = recording;
-  const [[first = "0"] = []] = received.map(([, line]) => line.split(",").slice(1));
-  const at = received[0]?.[0] ?? 0;
-  let stopped: number | undefined;
-
-  const perform = async ({ readable, writable }: Streams) => {
-    const writer = writable.getWriter();
-    const reading = (async () => {
-      try {
-        for await (const _ of lines(readable, { encoding: "latin1" }));
-      } catch { /* the call is over either way */ }
-    })();
-    for (const [at, text] of steps) {
-      await new Promise((resolve) => setTimeout(resolve, (at - call.host.at) * 1000));
-      await (text === null ? writer.close() : writer.write(toBytes(text)))
-        .catch(() => {});
-    }
-    if (!ended) {
-      await new Promise((resolve) => setTimeout(resolve, 2000));
-      stopped = call.host.at;
-      await writer.close();
-    }
-    await reading;
-  };
-  const call: Call = new Call(handler ? answered(handler) : perform, {
-    ...options,
-    encoding: "latin1",
-    epoch: Number(first) - at,
-  });
-  call.plan(caller);
-  await call.over();
-  const now = call.recording();
-  if (stopped === undefined) return now;
-  return { ...now, received: now.received.filter(([at]) => at <= stopped!), ended: null };
 }
