@@ -5,19 +5,21 @@
  *
  * Asterisk runs a program or connects to a TCP server for one call, sends it *events* as lines (keys pressed,
  * prompts finished, the caller gone) and carries out the *commands* that come back (play, queue, set a
- * variable, hang up). This module parses and formats both, and {@linkcode Session} holds the conversation over
- * any pair of streams.
+ * variable, hang up). This module parses and formats both; {@linkcode Session} holds the conversation over any
+ * pair of streams, {@linkcode Ivr} is a session with the words of a menu, and {@linkcode answer} takes a call
+ * from its first event to its last.
  *
  * @example A menu
  * ```ts
- * import { Session, type Sink, type Source } from "@externalivr/protocol";
+ * import { answer, type Ivr, type Sink, type Source } from "@externalivr/protocol";
  *
- * async function answer(streams: { readable: Source; writable: Sink }) {
- *   const ivr = new Session(streams);
+ * async function menu(ivr: Ivr) {
  *   const { digits } = await ivr.gather({ prompt: "vm-enter-num-to-call", maxDigits: 4 });
  *   if (digits) await ivr.set({ ACCOUNT: digits });
  *   await ivr.exit();
  * }
+ *
+ * const take = (streams: { readable: Source; writable: Sink }) => answer(streams, menu);
  * ```
  *
  * @module
@@ -58,37 +60,43 @@ export type IvrEvent =
   | { type: "unknown"; line: string };
 
 /** What went wrong, for programs: see {@linkcode IvrError}. */
-export type IvrErrorCode = "refused" | "ended" | "invalid" | "too-long" | "overflow" | "truncated" | "aborted";
+export type IvrErrorCode = "invalid" | "refused" | "ended" | "overflow" | "truncated";
 
 /**
  * The one error of this module. `code` tells what went wrong:
  *
- * - `invalid`, `too-long`: a value that the wire cannot carry. Nothing was sent. (`too-long` also ends a session
- *   whose peer sends a line without end.)
- * - `refused`: Asterisk answered the command with `Z`.
- * - `ended`: the call ended before the command was known to be carried out.
- * - `truncated`: Asterisk cut the reply to `G`; `partial` holds what came.
- * - `overflow`: more events waited than {@linkcode SessionOptions.maxQueue}.
- * - `aborted`: the reason of a {@linkcode Session.signal} that was aborted by the caller hanging up.
+ * - `invalid`: a value that the wire cannot carry, or that means nothing; `field` names it. Nothing was sent.
+ * - `refused`: Asterisk answered the command with `Z`; `reason` is what it said, if anything.
+ * - `ended`: the call was over, or ended before the command was known to be carried out. Also the reason of
+ *   {@linkcode Session.signal}.
+ * - `overflow`: more came and waited than {@linkcode LinesOptions.maxBuffer}.
+ * - `truncated`: Asterisk cut the reply to `get`; `partial` holds what came.
  */
 export class IvrError extends Error {
   /** Always `"IvrError"`. */
   override name = "IvrError";
   /** What went wrong. */
   code: IvrErrorCode;
+  /** With `invalid`: the field of the event or command, or the option. */
+  declare field?: string | undefined;
+  /** With `refused`: the file that does not exist, `ANSWER_FAILURE` or `GENERATOR_FAILURE`. */
+  declare reason?: string | undefined;
   /** With `truncated`: the variables as they came, the last bytes missing. */
   declare partial?: Record<string, string>;
 
-  /** Makes an error with a code, a message, and perhaps the error behind it. */
-  constructor(code: IvrErrorCode, message: string, options?: ErrorOptions) {
-    super(message, options);
+  /** Makes an error with a code, a message, and what else there is to know. */
+  constructor(
+    code: IvrErrorCode,
+    message: string,
+    more: { cause?: unknown; field?: string; reason?: string | undefined; partial?: Record<string, string> } = {},
+  ) {
+    super(message);
+    Object.assign(this, more);
     this.code = code;
   }
 }
 
-const DIGITS = "0123456789*#ABCD";
-
-/** What stands between the commas of each event: its tag, which for a key is the key, and its fields. */
+/** How each event is written: its tag, which for a key is the key, and its fields, some of them optional. */
 const EVENTS: Record<IvrEvent["type"], string> = {
   dtmf: "digit,timestamp",
   finished: "F,timestamp,file",
@@ -102,6 +110,8 @@ const EVENTS: Record<IvrEvent["type"], string> = {
   exit: "E,timestamp",
   unknown: "line",
 };
+
+const KEYS = "0123456789*#ABCD";
 
 /**
  * Reads one line from Asterisk, with or without its `\n` or `\r\n`. Never throws: what it does not understand is
@@ -144,35 +154,20 @@ function eventIn(text: string, from: number, to: number): IvrEvent {
   if (at > start && text[from + 1] === "," && Number.isSafeInteger(timestamp)) {
     const tag = text[from]!;
     if (at === to) {
-      if (DIGITS.includes(tag)) return { type: "dtmf", timestamp, digit: tag as Digit };
-      switch (tag) {
-        case "T":
-          return { type: "interrupted", timestamp };
-        case "Z":
-          return { type: "failed", timestamp };
-        case "H":
-          return { type: "hangup", timestamp };
-        case "E":
-          return { type: "exit", timestamp };
-      }
+      if (KEYS.includes(tag)) return { type: "dtmf", timestamp, digit: tag as Digit };
+      if (tag === "T") return { type: "interrupted", timestamp };
+      if (tag === "Z") return { type: "failed", timestamp };
+      if (tag === "H") return { type: "hangup", timestamp };
+      if (tag === "E") return { type: "exit", timestamp };
     } else if (text[at] === "," && ++at < to) {
       const data = text.slice(at, to);
-      switch (tag) {
-        case "F":
-          return { type: "finished", timestamp, file: data };
-        case "T":
-          return { type: "interrupted", timestamp, file: data };
-        case "D":
-          return { type: "dropped", timestamp, file: data };
-        case "Z":
-          return { type: "failed", timestamp, reason: data };
-        case "P":
-          return { type: "params", timestamp, params: data.split(",") };
-        case "G":
-          return { type: "variables", timestamp, data };
-        case "I":
-          return { type: "inform", timestamp, message: data };
-      }
+      if (tag === "F") return { type: "finished", timestamp, file: data };
+      if (tag === "T") return { type: "interrupted", timestamp, file: data };
+      if (tag === "D") return { type: "dropped", timestamp, file: data };
+      if (tag === "Z") return { type: "failed", timestamp, reason: data };
+      if (tag === "P") return { type: "params", timestamp, params: data.split(",") };
+      if (tag === "G") return { type: "variables", timestamp, data };
+      if (tag === "I") return { type: "inform", timestamp, message: data };
     }
   }
   return { type: "unknown", line: text.slice(from, to) };
@@ -182,7 +177,7 @@ function eventIn(text: string, from: number, to: number): IvrEvent {
  * Writes an event as Asterisk does, with its newline: the other direction of {@linkcode parseEvent}, for hosts and
  * tests.
  *
- * @throws {IvrError} `invalid` for what would not be read as it was written: a CR, LF or NUL, an empty element, a comma in
+ * @throws {IvrError} `invalid` for what would not be read as it was written: a CR, LF or NUL, an empty text, a comma in
  * one of the `params`, a timestamp that is no integer, an `unknown` line that means something.
  *
  * @example
@@ -194,49 +189,66 @@ function eventIn(text: string, from: number, to: number): IvrEvent {
  * ```
  */
 export function formatEvent(event: IvrEvent): string {
-  const timestamp = String((event as { timestamp?: number }).timestamp).padStart(10);
-  return format(EVENTS[event.type], event, { timestamp }, parseEvent);
+  const timestamp = String((event as { timestamp?: unknown }).timestamp).padStart(10);
+  if (event.type !== "unknown") checkWhole(`send ${event.type}`, "timestamp", event.timestamp, Number.MIN_SAFE_INTEGER);
+  return format(EVENTS, event, { timestamp }, parseEvent);
 }
 
 /** An event or command by the names of its fields. */
-type Fields = { type: string; [field: string]: unknown };
+type Fields = { [field: string]: unknown };
 
-/** How characters become bytes: `latin1` carries every byte as the character of its number, both ways. */
-export type Encoding = "utf-8" | "latin1";
-
-/** Characters that no line can carry: those that end it, halves of surrogate pairs, and what Latin-1 does not have. */
-const unfit = (encoding: Encoding): RegExp =>
-  encoding === "latin1" ? /[\0\r\n]|[^\0-\xff]/gu : /[\0\r\n\p{Surrogate}]/gu;
+/** What a field has to be, where the rule of texts does not say it. */
+const RULES: { [field: string]: string } = {
+  type: "one that there is",
+  digit: "one of the keys 0-9 * # A-D",
+  digits: "keys 0-9 * # A-D, pauses w W, flashes f F",
+  on: "true or false",
+  params: "texts without commas",
+  variables: "names without commas and equals signs, values without commas and blanks at the end",
+  names: "names without commas and equals signs",
+  line: "one without a meaning",
+};
 
 /**
- * Writes a line in its form, as `EVENTS` has it, and refuses one that would not be read as it was meant. Fields that are
- * not written as they are have their text in `texts`.
+ * Writes a line in its form, and refuses it unless it reads as it was meant: up to the first character that no line can
+ * carry (half of a surrogate pair arrives as something else), or the first flaw. Numbers are looked at before, so what
+ * reads otherwise is the first field that is none. What is not written as it is has its text in `texts`.
  */
 function format(
-  form: string | undefined,
-  meant: Fields,
-  texts: Record<string, unknown>,
+  forms: Fields,
+  { ...meant }: Fields,
+  texts: Fields,
   parse: (line: string) => Fields,
-  encoding: Encoding = "utf-8",
+  flaw = /$/,
 ): string {
-  if (!form) refuse("type", meant.type, "there is no such thing");
-  const fields = form.split(",");
+  const type = String(meant["type"]);
+  const fields = (Object.hasOwn(forms, type) ? String(forms[type]) : "").split(",");
   const parts = fields.map((field) => field.length > 1 ? texts[field] ?? meant[field] : field); // a tag is itself
-  while (parts.length > 1 && parts.at(-1) === undefined) parts.pop();
+  while (parts.at(-1) === undefined) parts.pop();
   const line = parts.join();
-  if (line.search(unfit(encoding)) >= 0) {
-    refuse(form, JSON.stringify(line), `CR, LF, NUL and what ${encoding} lacks have no place in a line`);
-  }
-  const read = parse(line);
-  const differs = (field: string) => field.length > 1 && JSON.stringify(meant[field]) !== JSON.stringify(read[field]);
-  if (["type", ...fields].some(differs)) {
-    refuse(form, JSON.stringify(meant), `it would be read as ${JSON.stringify(read).slice(0, 999)}`);
-  }
+  const read = parse(line.replace(/[\0\r\n\p{Surrogate}].*/su, "").replace(flaw, ""));
+  const field = fields.find((field) => field.length > 1 && field !== "timestamp") ?? "type";
+  const differs = (field: string) => JSON.stringify(meant[field]) !== JSON.stringify(read[field]);
+  if (differs("type") || differs(field)) refuse(`send ${type}`, field, meant[field]);
   return line + "\n";
 }
 
-function refuse(what: string, value: unknown, rule: string, code: IvrErrorCode = "invalid"): never {
-  throw new IvrError(code, `Cannot use ${what} ${String(value).slice(0, 80)}: ${rule}`);
+const TEXT = "text on one line, not empty, without a blank at the end";
+
+/** Throws for a value: names it, and the rule. */
+function refuse(doing: string, field: string, value: unknown, rule = RULES[field] ?? TEXT): never {
+  const shown = (JSON.stringify(value) ?? String(value)).slice(0, 200).replace(/\p{C}/gu, "?");
+  throw new IvrError("invalid", `Cannot ${doing}: ${field} ${shown} has to be ${rule}`, { field });
+}
+
+function checkNumber(doing: string, field: string, value: unknown, least: number): void {
+  if (typeof value !== "number" || !(value >= least)) refuse(doing, field, value, `a number from ${least}`);
+}
+
+function checkWhole(doing: string, field: string, value: unknown, least: number): void {
+  if (!Number.isSafeInteger(value) || Number(value) < least) {
+    refuse(doing, field, value, `a whole number from ${least}`);
+  }
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -249,7 +261,8 @@ function refuse(what: string, value: unknown, rule: string, code: IvrErrorCode =
  * - `play` (`S`): clear the playlist and play this file; `queue` (`A`): play it after what waits.
  * - `interrupt` (`I`): stop and clear the playlist. `answer` (`T`): answer the channel.
  * - `dtmf` (`D`): press keys toward the caller, `interval` milliseconds apart (absent or 0: Asterisk's 250), each
- *   held for `duration` milliseconds (absent or 0: Asterisk's default).
+ *   held for `duration` milliseconds (absent or 0: Asterisk's default). `a` to `d` are the keys `A` to `D`, `w` waits
+ *   for half a second, `W` for a second, `f` and `F` flash the hook (Asterisk 22).
  * - `autoclear` (`O`): whether a key interrupts and clears the playlist by itself.
  * - `set` (`V`), `get` (`G`): channel variables. `params` (`P`): the arguments of the dialplan's call.
  * - `log` (`L`): a line for Asterisk's log. `hangup` (`H`), `exit` (`E`): log the message and end the call, or go on
@@ -261,18 +274,21 @@ export type IvrCommand =
   | { type: "queue"; file: string }
   | { type: "interrupt" }
   | { type: "answer" }
-  | { type: "dtmf"; digits: string; interval?: number; duration?: number }
+  | { type: "dtmf"; digits: string; interval?: number | undefined; duration?: number | undefined }
   | { type: "autoclear"; on: boolean }
   | { type: "set"; variables: Record<string, string> }
   | { type: "get"; names: string[] }
   | { type: "params" }
   | { type: "log"; message: string }
-  | { type: "hangup"; message?: string }
-  | { type: "exit"; message?: string }
+  | { type: "hangup"; message?: string | undefined }
+  | { type: "exit"; message?: string | undefined }
   | { type: "unknown"; line: string };
 
 /** Asterisk cuts a longer line and runs the rest of it as the next command. */
 const MAX_COMMAND_BYTES = 1022;
+
+/** Meaningless, although they read back as they were: an empty name, an equals sign in a name, a blank at a value's end. */
+const FLAWS: { [type: string]: RegExp } = { set: /(,=|[\0- ],).*/s, get: /(=|,,|,$).*/s };
 
 /** The same of each command. Asterisk ignores one without a payload: where there is none, `type` fills its place. */
 const COMMANDS: Record<IvrCommand["type"], string> = {
@@ -290,9 +306,6 @@ const COMMANDS: Record<IvrCommand["type"], string> = {
   exit: "E,message",
   unknown: "line",
 };
-
-/** Refused although it reads back as it was: an empty name, an equals sign in a name, a blank at the end of a value. */
-const FLAWS: { [type: string]: RegExp } = { set: /,=|[\0- ],/, get: /=|,[,\n]/ };
 
 /**
  * Reads one command as Asterisk does: a NUL ends it, blanks at its end are trimmed, only its first character and what
@@ -313,51 +326,35 @@ export function parseCommand(line: string): IvrCommand {
   if (end < 0) end = line.length;
   while (line.charCodeAt(end - 1) <= 32) end--;
   const payload = line.slice(2, end);
-  switch (payload && line[0]) {
-    case "S":
-      return { type: "play", file: payload };
-    case "A":
-      return { type: "queue", file: payload };
-    case "I":
-      return { type: "interrupt" };
-    case "T":
-      return { type: "answer" };
-    case "D": {
-      const [, digits, interval, duration] = /^([0-9A-D*#]+)(?:,(\d*)(?:,(\d*))?)?$/.exec(payload) ?? [];
-      if (!digits) break;
-      const command: IvrCommand = { type: "dtmf", digits };
-      if (interval) command.interval = Number(interval);
-      if (duration) command.duration = Number(duration);
-      return command;
-    }
-    case "O":
-      if (!/^(no)?autoclear$/i.test(payload)) break;
-      return { type: "autoclear", on: payload.length === "autoclear".length };
-    case "V": {
-      const pairs = payload.split(",").map((pair) => /([^=]*)=?(.*)/s.exec(pair)!.slice(1));
-      return { type: "set", variables: Object.fromEntries(pairs) };
-    }
-    case "G":
-      return { type: "get", names: payload.split(",") };
-    case "P":
-      return { type: "params" };
-    case "L":
-      return { type: "log", message: payload };
-    case "H":
-      return { type: "hangup", message: payload };
-    case "E":
-    case "X":
-      return { type: "exit", message: payload };
+  const letter = payload && line[0];
+  if (letter === "S") return { type: "play", file: payload };
+  if (letter === "A") return { type: "queue", file: payload };
+  if (letter === "I") return { type: "interrupt" };
+  if (letter === "T") return { type: "answer" };
+  if (letter === "D") {
+    const [, digits, interval, duration] = /^([\da-dfw*#]+)(?:,(\d*)(?:,(\d*))?)?$/i.exec(payload) ?? [];
+    const times = { ...interval && { interval: Number(interval) }, ...duration && { duration: Number(duration) } };
+    if (digits) return { type: "dtmf", digits, ...times };
   }
+  if (letter === "O" && /^(no)?autoclear$/i.test(payload)) return { type: "autoclear", on: !/^n/i.test(payload) };
+  if (letter === "V") {
+    const pairs = payload.split(",").map((pair) => /([^=]*)=?(.*)/s.exec(pair)!.slice(1));
+    return { type: "set", variables: Object.fromEntries(pairs) };
+  }
+  if (letter === "G") return { type: "get", names: payload.split(",") };
+  if (letter === "P") return { type: "params" };
+  if (letter === "L") return { type: "log", message: payload };
+  if (letter === "H") return { type: "hangup", message: payload };
+  if (letter === "E" || letter === "X") return { type: "exit", message: payload };
   return { type: "unknown", line: chomp(line) };
 }
 
 /**
  * Writes a command with its newline. The payload is never empty, since Asterisk ignores a command without one.
  *
- * @throws {IvrError} `invalid` for what Asterisk would not read as it was written: an empty element, a CR, LF or NUL, a
- * blank at an end, a comma in a variable's name or value, an equals sign in a name, a key that does not exist, a character
- * beyond U+00FF with `latin1`; `too-long` over 1022 bytes.
+ * @throws {IvrError} `invalid` for what Asterisk would not read as it was written: an empty text, a CR, LF or NUL, a
+ * blank at an end, a comma in a variable's name or value, an equals sign in a name, a key that does not exist, more than
+ * 1022 bytes.
  *
  * @example
  * ```ts
@@ -368,27 +365,24 @@ export function parseCommand(line: string): IvrCommand {
  * assert.throws(() => formatCommand({ type: "set", variables: { LIST: "a,b" } }), IvrError);
  * ```
  */
-export function formatCommand(command: IvrCommand, encoding: Encoding = "utf-8"): string {
-  const form = COMMANDS[command.type];
-  let texts = {};
-  switch (command.type) {
-    case "autoclear":
-      texts = { on: command.on ? "autoclear" : "noautoclear" };
-      break;
-    case "set":
-      texts = { variables: Object.entries(command.variables).map((pair) => pair.join("=")) };
-      break;
-    case "hangup":
-    case "exit":
-      command = { ...command, message: command.message ?? command.type };
+export function formatCommand(command: IvrCommand): string {
+  const doing = `send ${command.type}`;
+  const texts: Fields = {};
+  if (command.type === "dtmf") {
+    const { interval = 0, duration = 0 } = command;
+    for (const [field, ms] of Object.entries({ interval, duration })) checkWhole(doing, field, ms, 0);
   }
-  const line = format(form, command, texts, parseCommand, encoding);
-  if (FLAWS[command.type]?.test(line)) {
-    refuse(form, JSON.stringify(line), "a name is empty or holds an equals sign, or a value ends in a blank");
+  if (command.type === "autoclear") texts["on"] = command.on ? "autoclear" : "noautoclear";
+  if (command.type === "set") {
+    texts["variables"] = Object.entries(command.variables ?? {}).map((pair) => pair.join("="));
   }
-  const bytes = encode(line, encoding).length - 1;
+  if (command.type === "hangup" || command.type === "exit") {
+    command = { ...command, message: command.message ?? command.type };
+  }
+  const line = format(COMMANDS, command, texts, parseCommand, FLAWS[command.type]);
+  const bytes = encode(line).length - 1;
   if (bytes > MAX_COMMAND_BYTES) {
-    refuse(form, JSON.stringify(line), `${bytes} bytes exceed ${MAX_COMMAND_BYTES}`, "too-long");
+    refuse(doing, COMMANDS[command.type].split(",").at(-1)!, line, `at most ${MAX_COMMAND_BYTES} bytes, not ${bytes}`);
   }
   return line;
 }
@@ -396,9 +390,7 @@ export function formatCommand(command: IvrCommand, encoding: Encoding = "utf-8")
 /** Bytes as a `TextEncoder` makes them: never of shared memory, which streams of some types refuse. */
 export type Bytes = ReturnType<InstanceType<typeof TextEncoder>["encode"]>;
 
-function encode(text: string, encoding: Encoding): Bytes {
-  return encoding === "latin1" ? Uint8Array.from(text, (char) => char.charCodeAt(0)) : new TextEncoder().encode(text);
-}
+const encode = (text: string): Bytes => new TextEncoder().encode(text);
 
 /**
  * Reads the data of a `variables` event, given the names that were asked, in their order: so commas and equals signs in
@@ -414,13 +406,14 @@ function encode(text: string, encoding: Encoding): Bytes {
  */
 export function parseVariables(data: string, names: string[]): Record<string, string> {
   const values: [string, string][] = [];
+  data = "," + data;
   for (const [i, name] of names.entries()) {
-    if (!data.startsWith(name + "=")) break;
-    data = data.slice(name.length + 1);
-    let end = i + 1 < names.length ? data.indexOf(`,${names[i + 1]}=`) : -1;
-    if (end < 0) end = data.length;
+    const [start, next] = [`,${name}=`, `,${names[i + 1] ?? "\n"}=`]; // no value has a newline
+    if (!data.startsWith(start)) break;
+    data = data.slice(start.length);
+    const end = (data + next).indexOf(next);
     values.push([name, data.slice(0, end)]);
-    data = data.slice(end + 1);
+    data = data.slice(end);
   }
   return Object.fromEntries(values); // which takes "__proto__" as a name like any other
 }
@@ -437,6 +430,8 @@ export interface Source {
     read(): Promise<{ done: boolean; value?: Uint8Array | undefined }>;
     /** Gives the stream up. */
     cancel(reason?: unknown): Promise<void>;
+    /** Gives the stream back. */
+    releaseLock(): void;
   };
 }
 
@@ -453,21 +448,23 @@ export interface Sink {
   };
 }
 
-/** How bytes become lines. */
+/** How much may wait. */
 export interface LinesOptions {
-  /** `"utf-8"`, where malformed bytes become U+FFFD, or `"latin1"`, which loses none. The default is `"utf-8"`. */
-  encoding?: Encoding;
-  /** The longest line, in characters without its line break: a bound on memory. The default is 64 KiB. */
-  maxLine?: number;
+  /**
+   * How many characters may wait, a bound on memory: those of a line that is not complete, and in a {@linkcode Session} those
+   * of the events that nobody has taken as well. The default is 1 MiB.
+   */
+  maxBuffer?: number | undefined;
 }
 
 /**
  * The lines of a stream of bytes, without their `\n` or `\r\n`, wherever the chunks were cut. A last line without a
- * newline is a line too. Leaving the loop cancels the stream.
+ * newline is a line too. Bytes are UTF-8; malformed ones become U+FFFD. Leaving the loop cancels the stream.
  *
  * A line is a slice of its chunk's text: keep a copy of what is to be kept long.
  *
- * @throws {IvrError} `too-long` when a line exceeds `maxLine`, after the lines before it.
+ * @throws {IvrError} `overflow` when a line exceeds `maxBuffer`, after the lines before it; `invalid` for a `maxBuffer` that
+ * is no number above zero.
  *
  * @example
  * ```ts
@@ -479,324 +476,177 @@ export interface LinesOptions {
  * ```
  */
 export async function* lines(readable: Source, options: LinesOptions = {}): AsyncGenerator<string, void, void> {
-  const cutter = new Cutter((text, from, to) => text.slice(from, to), options);
+  const cutter = new Cutter(options);
   const reader = readable.getReader();
   try {
-    for (;;) {
+    for (let over = false; !over;) {
       const { done, value } = await reader.read();
-      cutter.add(done ? undefined : value);
-      for (let line; (line = cutter.take()) !== undefined;) yield line;
-      if (done) return;
+      const found: string[] = [];
+      cutter.cut(done ? undefined : value, (text, from, to) => found.push(text.slice(from, to)));
+      yield* found;
+      if (cutter.full) throw cutter.overflow();
+      over = done;
     }
   } finally {
     await reader.cancel().catch(ignore);
   }
 }
 
-/** Cuts chunks into lines, and reads each line where it stands in the text of its chunk. */
-class Cutter<Line> {
-  #read: (text: string, from: number, to: number) => Line;
-  #encoding: Encoding;
-  #maxLine: number;
-  #utf8?: InstanceType<typeof TextDecoder>; // made with the first bytes: a quiet call costs none
-  #text = ""; // of the chunk that is being cut
-  #from = 0; // where its next line begins
-  #rest = ""; // a line whose end is in a later chunk
+/** Cuts chunks into lines, and hands on each where it stands in the text of its chunk. */
+class Cutter {
+  readonly maxBuffer: number;
+  rest = ""; // a line whose end is in a later chunk
+  full = false; // a line was longer than that: nothing comes any more
+  #decoder?: InstanceType<typeof TextDecoder>; // made with the first bytes: a quiet call costs none
 
-  constructor(read: (text: string, from: number, to: number) => Line, options: LinesOptions) {
-    this.#read = read;
-    this.#encoding = options.encoding ?? "utf-8";
-    this.#maxLine = options.maxLine ?? 65536;
+  constructor({ maxBuffer = 2 ** 20 }: LinesOptions) {
+    checkNumber("read", "maxBuffer", maxBuffer, 1);
+    this.maxBuffer = maxBuffer;
   }
 
-  /** Takes the next chunk, once all lines of the last one are taken; none at the end, which also ends the last line. */
-  add(chunk?: Uint8Array): void {
-    this.#text = this.#decode(chunk);
-    this.#from = 0;
-    if (!chunk && (this.#rest || this.#text)) this.#text += "\n";
-  }
-
-  /** The next line that is complete. */
-  take(): Line | undefined {
-    let text = this.#text;
-    let from = this.#from;
-    if (from === text.length) return undefined; // most chunks end with a line
-    let to = text.indexOf("\n", from);
-    if (to < 0) {
-      this.#rest += text.slice(from); // not searched again: a long line in small chunks would take for ever
-      this.#text = "";
-      if (this.#rest.length > this.#maxLine + 1) this.#fail(this.#rest); // one more may be a CR
-      return undefined;
+  /** Takes the next chunk; none at the end, which also ends the last line. */
+  cut(chunk: Uint8Array | undefined, hand: (text: string, from: number, to: number) => void): void {
+    this.#decoder ??= new TextDecoder("utf-8", { ignoreBOM: true });
+    let text = this.#decoder.decode(chunk, { stream: !!chunk });
+    if (!chunk && (this.rest || text)) text += "\n";
+    let from = 0;
+    // Only what is new is searched: a long line in small chunks would take for ever
+    for (let to, next; !this.full && (to = text.indexOf("\n", from)) >= 0; from = next) {
+      next = to + 1;
+      let line = text;
+      if (this.rest) {
+        line = this.rest + text.slice(from, to);
+        this.rest = "";
+        from = 0;
+        to = line.length;
+      }
+      if (line[to - 1] === "\r") to--;
+      if (to - from > this.maxBuffer) this.full = true;
+      else hand(line, from, to);
     }
-    this.#from = to + 1;
-    if (this.#rest) {
-      text = this.#rest + text.slice(from, to);
-      from = 0;
-      to = text.length;
-      this.#rest = "";
-    }
-    if (text[to - 1] === "\r") to--;
-    if (to - from > this.#maxLine) this.#fail(text.slice(from, to));
-    return this.#read(text, from, to);
+    this.rest += text.slice(from);
+    if (this.rest.length > this.maxBuffer + 1) this.full = true; // one more may be a CR
   }
 
-  #decode(chunk?: Uint8Array): string {
-    if (this.#encoding === "latin1") {
-      // The decoder of this name is Windows-1252 everywhere: the bytes 0x80 to 0x9F would not come back
-      return Array.from(chunk ?? [], (byte) => String.fromCharCode(byte)).join("");
-    }
-    this.#utf8 ??= new TextDecoder("utf-8", { fatal: false, ignoreBOM: true });
-    return this.#utf8.decode(chunk, { stream: !!chunk });
-  }
-
-  #fail(line: string): never {
-    throw new IvrError("too-long", `Cannot read "${line.slice(0, 80)}…": longer than ${this.#maxLine} characters`);
+  overflow(): IvrError {
+    return new IvrError("overflow", `Cannot keep more than ${this.maxBuffer} characters`);
   }
 }
 
 const ignore = (): void => {};
 
 // ---------------------------------------------------------------------------------------------------------
-// 4. Session: a live call
+// 4. Session: the connection
 // ---------------------------------------------------------------------------------------------------------
 
-/** Limits and encoding of a {@linkcode Session}. */
+// The state and its life. A call has two lists: what came and nobody has taken (`#first` to `#last`), and what was asked
+// and is not answered (`#asked`). `#read` hands every event to `#receive`, which puts it where it belongs:
+//
+// 1. an answer settles the oldest command that asked for its name, and is gone; a `Z` fails the oldest command of all,
+//    since commands are carried out in order and its acknowledgement has not come;
+// 2. the layer above sees everything else (`received`);
+// 3. it waits in the list until somebody takes it. Who finds nothing waits in `until` for anything to change.
+//
+// While something is asked `#timer` wakes Asterisk. Last words (`#said`), or a stream that cannot be written any more,
+// stop that: the end of the stream has a second to come (`#patience`). The caller can be gone (`#abort`) before the call is
+// over (`#ending`). `#finish` is the one way to the end: whatever waits is settled there, and both streams close.
+
+/** Limits of a {@linkcode Session}. */
 export interface SessionOptions extends LinesOptions {
-  /** How many events may wait for the iterator before the session fails with `overflow`. The default is 10,000. */
-  maxQueue?: number;
+  /**
+   * Milliseconds of silence after which Asterisk is asked for a sign of life; when none comes for as long again, the call
+   * is over as `disconnect`. Finds peers that are gone without a word, and keeps TCP proxies from cutting long prompts.
+   * Choose more than the longest `sendDtmf` takes: Asterisk says nothing meanwhile. The default is never.
+   */
+  keepAlive?: number | undefined;
 }
 
-/**
- * What became of a prompt.
- *
- * - `finished`: it played to its end. `interrupted`: it was stopped while it played. `dropped`: it was removed before
- *   its turn.
- * - `missing`: there is no such file. `refused`: the channel is not answered, or hung up.
- * - `skipped`: the file exists but Asterisk could not open it. It says so to nobody: only something behind it that
- *   moved on tells.
- * - `ended`: the call ended first, or, with the dialplan's option `i`, the caller hung up.
- */
-export type Outcome = "finished" | "interrupted" | "dropped" | "missing" | "refused" | "skipped" | "ended";
-
-/** How a call ended: who ended it, and for `error` with what. `disconnect` is the end of the stream without a word. */
+/** How a call ended. */
 export interface Ending {
-  /** Who ended the call. */
+  /**
+   * Who ended the call: `caller` and `hangup` are the caller's `H` and ours, `exit` is `E`. `disconnect` is a stream that
+   * ended or broke without either, or our `close`. `error` is a limit of the session.
+   */
   by: "caller" | "hangup" | "exit" | "disconnect" | "error";
-  /** What failed: an {@linkcode IvrError}, or the error of a stream. */
+  /** With `error` the {@linkcode IvrError}; with `disconnect` what broke the stream, if it broke. */
   error?: unknown;
 }
 
-/** What {@linkcode Session.gather} plays, collects and waits for. */
-export interface GatherOptions {
-  /** Files to play first, queued behind what plays already. */
-  prompt?: string | string[];
-  /** Done with so many digits. The default is no limit. */
-  maxDigits?: number;
-  /** Each of these keys ends the input and is no part of it. The default is `"#"`. */
-  terminators?: string;
-  /** Milliseconds to the first key, from the end of the prompts. The default is 5000; `Infinity` waits for ever. */
-  timeout?: number;
-  /** Milliseconds to each further key. The default is `timeout`. */
-  interDigitTimeout?: number;
-  /** Whether the first key interrupts the prompts, and a key that waits already skips them. The default is `true`. */
-  bargeIn?: boolean;
-  /** Whether keys pressed before are thrown away rather than taken (type-ahead). The default is `false`. */
-  flush?: boolean;
-  /** Ends the gathering early. */
-  signal?: AbortSignal;
-}
+/** What the promise of a command brings: the data of a `G` (see {@linkcode parseVariables}), the elements of a `P`, or nothing. */
+export type Reply<Command extends IvrCommand> = Command extends { type: "get" } ? string
+  : Command extends { type: "params" } ? string[]
+  : void;
 
-/** What was gathered, and why it ended there. */
-export interface Gathered {
-  /** The keys, without the terminator. */
-  digits: string;
-  /** Why the gathering ended. */
-  reason: "maxDigits" | "terminator" | "timeout" | "hangup" | "aborted";
-  /** The key that ended it, if one did. */
-  terminator?: Digit;
-}
-
-/** What the promise of a command is for: that it is done, the reply to it, or what became of its file. */
-type Wanted = "done" | "reply" | "outcome";
-
-/** A command that awaits its answer, a file that awaits its end, or first the one and then the other. */
+/** A command that awaits its answer. */
 interface Asked {
-  type: IvrCommand["type"];
-  /** What `S` or `A` plays. */
-  file: string | undefined;
-  wanted: Wanted;
   /** The variable whose `G` answers, or `PARAMS`. */
   name: string;
-  /** Whether the iterator is not to see the answer. */
-  hidden: boolean;
-  resolve(result: unknown): void;
-  reject(error: IvrError): void;
+  done(reply: unknown): void;
+  fail(error: IvrError): void;
 }
 
-/** A call of an iterator's `next` that waits. */
-interface Waiter {
-  /** Whether the loop was left. */
-  left(): boolean;
-  resolve(result: IteratorResult<IvrEvent, undefined>): void;
-  reject(error: unknown): void;
+/** Somebody who waits for anything to change. */
+interface Waiting {
+  look(): unknown;
+  resolve(found: unknown): void;
+  promise: Promise<unknown> | undefined;
+}
+
+/** An event that waits, and what waits behind it. */
+interface Link {
+  event: IvrEvent;
+  /** In characters. */
+  size: number;
+  /** Whether a promise has told of it. */
+  told: boolean;
+  next: Link | undefined;
 }
 
 /** What the answer to `P` goes by: no variable has this name. */
 const PARAMS = "=";
 
-/** What Asterisk owes: the answers to commands, and the ends of files. */
-class Pending {
-  /** The commands that await their answer, in order. */
-  asked: Asked[] = [];
-  /** The files that have not ended, in order, and each `I` that is not answered. */
-  playlist: Asked[] = [];
-  /** How many commands had no answer of their own. */
-  #count = 0;
-
-  /** Adds a command, and gives the question to send behind it: none when it has an answer of its own. */
-  add(command: IvrCommand, wanted: Wanted, resolve: Asked["resolve"], reject: Asked["reject"]): string {
-    const { type } = command;
-    const file = type === "play" || type === "queue" ? command.file : undefined;
-    const own = type === "get" ? command.names[0] : type === "params" ? PARAMS : undefined;
-    const name = own ?? `EIVR_ACK_${++this.#count}`;
-    const asked = { type, file, wanted, name, hidden: !own || wanted === "reply", resolve, reject };
-    this.asked.push(asked);
-    if (file || type === "interrupt") this.playlist.push(asked);
-    return own ? "" : `G,${name}\n`;
-  }
-
-  /** Settles what an event tells of, and gives the command that it answers, if it is an answer. */
-  receive(event: IvrEvent): Asked | undefined {
-    switch (event.type) {
-      case "params":
-        return this.#answered(PARAMS, event.params);
-      case "variables":
-        return this.#answered(event.data.slice(0, event.data.indexOf("=")), event.data);
-      case "failed":
-        this.#refused(event.reason);
-        break;
-      case "finished":
-      case "interrupted":
-      case "dropped":
-        this.#moved(event.type, event.file);
-    }
-    return undefined;
-  }
-
-  #answered(name: string, answer: string | string[]): Asked | undefined {
-    const at = this.asked.findIndex((asked) => asked.name === name);
-    if (at < 0) return undefined;
-    const [asked] = this.asked.splice(at, 1) as [Asked];
-    // `S` and `I` clear: what is still before them was skipped, and the `I` itself is over
-    if (asked.type !== "queue") this.settle("skipped", this.playlist.indexOf(asked) + (asked.file ? 0 : 1));
-    if (asked.wanted !== "outcome") asked.resolve(asked.wanted === "reply" ? answer : undefined);
-    return asked;
-  }
-
-  /** A `Z` is the command's whose acknowledgement comes next. */
-  #refused(reason?: string): void {
-    const [asked] = this.asked;
-    if (!asked) return;
-    this.playlist = this.playlist.filter((prompt) => prompt !== asked);
-    const why = reason ?? "the channel is not answered, or hung up";
-    if (asked.wanted === "outcome") asked.resolve(reason === undefined ? "refused" : "missing");
-    else asked.reject(new IvrError("refused", `Asterisk refused: ${why}`));
-  }
-
-  /** A file left the playlist. What should have left before it, and did not say so, was skipped. */
-  #moved(outcome: Outcome, file?: string): void {
-    const at = this.playlist.findIndex((prompt) => file === undefined || prompt.file === file);
-    if (at < 0) return;
-    this.settle("skipped", at);
-    this.settle(outcome, 1);
-  }
-
-  /** Tells what became of the first files of the playlist. */
-  settle(outcome: Outcome, count = Infinity): void {
-    for (const prompt of this.playlist.splice(0, count)) {
-      if (prompt.wanted === "outcome") prompt.resolve(outcome);
-    }
-  }
-
-  /** Nothing comes any more. */
-  end(cause?: unknown): void {
-    const error = new IvrError("ended", "The call has ended", { cause });
-    for (const asked of this.asked.splice(0)) if (asked.wanted !== "outcome") asked.reject(error);
-    this.settle("ended");
-  }
-}
-
-/** What waits, and what waits behind it. */
-interface Link<T> {
-  item: T;
-  next: Link<T> | undefined;
-}
-
-/** What waits, the oldest first. Adding costs the same however long the queue is, and so does taking the oldest. */
-class Queue<T> {
-  size = 0;
-  #oldest?: Link<T> | undefined;
-  #newest?: Link<T> | undefined;
-
-  push(item: T): void {
-    const link = { item, next: undefined };
-    if (this.#newest) this.#newest.next = link;
-    else this.#oldest = link;
-    this.#newest = link;
-    this.size++;
-  }
-
-  /** Takes out the oldest, or the oldest that is wanted. */
-  take(wanted?: (item: T) => boolean): T | undefined {
-    let before: Link<T> | undefined;
-    let link = this.#oldest;
-    for (; link && wanted && !wanted(link.item); link = link.next) before = link;
-    if (!link) return undefined;
-    if (before) before.next = link.next;
-    else this.#oldest = link.next;
-    if (!link.next) this.#newest = before;
-    link.next = undefined; // or an old one that is garbage would keep the young ones behind it
-    this.size--;
-    return link.item;
-  }
-}
-
 /** How long Asterisk's last words, or ours, may take: milliseconds. */
 const GRACE = 1000;
 
-const callerGone = (): IvrError => new IvrError("aborted", "The caller is gone");
+/** How many characters are read ahead of who iterates before they have a turn: what waits for long costs more to keep. */
+const AHEAD = 2 ** 16;
 
-type Timer = ReturnType<typeof setTimeout>;
+const over = (cause?: unknown): IvrError => new IvrError("ended", "The call is over", { cause });
+
+type Timer = ReturnType<typeof setTimeout> | undefined;
 
 /** A timer that keeps no process alive. */
 function later(run: () => void, ms: number): Timer {
+  if (ms >= 2 ** 31) return undefined; // it would go off at once
   const timer = setTimeout(run, ms);
   (timer as { unref?(): void }).unref?.();
   return timer;
 }
 
-function stop(timer?: Timer): void {
-  if (timer !== undefined) clearTimeout(timer); // Workers' types take no undefined
-}
-
-/** Runs, and keeps a rejection that nobody looks at from being an unhandled one. */
-function quiet<T>(run: () => Promise<T>): Promise<T> {
-  const promise = run();
+/**
+ * A promise that nobody has to await: its rejection is never an unhandled one. What `run` throws rejects it a turn of the
+ * event loop later: who tries again and again, whatever comes, does not stop the process.
+ */
+function promised<T>(run: ConstructorParameters<typeof Promise<T>>[0]): Promise<T> {
+  const promise = new Promise<T>((resolve, reject) => {
+    try {
+      run(resolve, reject);
+    } catch (error) {
+      setTimeout(() => reject(error));
+    }
+  });
   promise.catch(ignore);
   return promise;
 }
 
 /**
- * A live call. It reads from the constructor on, whatever the user's code does: Asterisk writes from the thread that
- * carries the audio, so a reader that stops freezes the call.
+ * A live call over any pair of streams: events come in, commands go out. {@linkcode Ivr} adds the words of a menu.
  *
- * Two styles, alone or together: `for await (const event of session)` gives every event that nothing else asked for,
- * once and in order; and each command is a promise. Keys go to the {@linkcode Session.gather} under way, and wait for
- * the next one or for the iterator otherwise. (What became of each prompt waits for the iterator as well: a call that plays
- * more than {@linkcode SessionOptions.maxQueue} prompts and never iterates overflows.)
+ * It reads from the constructor on, whatever the user's code does: Asterisk writes from the thread that carries the audio,
+ * so a reader that stops freezes the call. What nobody has taken waits, within {@linkcode LinesOptions.maxBuffer}.
  *
- * A command's promise resolves when Asterisk has carried it out and rejects with an {@linkcode IvrError}: `invalid` or
- * `too-long` before anything is sent, `refused` when Asterisk answers `Z`, `ended` when the call ends first. A promise
+ * A command's promise resolves when Asterisk has carried it out and rejects with an {@linkcode IvrError}: `invalid` before
+ * anything is sent, `refused` when Asterisk answers `Z`, `ended` when the call ends first, or is over already. A promise
  * that nobody awaits is never an unhandled rejection.
  *
  * How it knows, and why nothing stalls: most commands have no answer, but Asterisk carries them out in order, and
@@ -810,9 +660,9 @@ function quiet<T>(run: () => Promise<T>): Promise<T> {
  * import { Session, type Sink, type Source } from "@externalivr/protocol";
  *
  * async function echoKeys(streams: { readable: Source; writable: Sink }) {
- *   const ivr = new Session(streams);
- *   for await (const event of ivr) {
- *     if (event.type === "dtmf") ivr.play(`digits/${event.digit}`);
+ *   const session = new Session(streams);
+ *   for await (const event of session) {
+ *     if (event.type === "dtmf") session.send({ type: "play", file: `digits/${event.digit}` });
  *   }
  * }
  * ```
@@ -820,79 +670,439 @@ function quiet<T>(run: () => Promise<T>): Promise<T> {
 export class Session {
   #reader: ReturnType<Source["getReader"]>;
   #writer: ReturnType<Sink["getWriter"]>;
-  #encoding: Encoding;
-  #maxQueue: number;
+  #cutter: Cutter;
 
-  // Reading: the events that wait for the iterator or a gather, or the iterators that wait for an event
-  #events = new Queue<IvrEvent>();
-  #drained?: () => void; // lets reading go on, when it waits for the events to be taken
-  #collect: (() => void) | undefined; // the gather under way
+  // What came: the oldest event stands behind a link that stands for none
+  #first = { next: undefined } as Link;
+  #last = this.#first;
+  #size = 0; // of all of them, in characters
+  #loops = 0; // iterators that nobody has left
+  #waiting: Waiting[] = []; // who looks again when anything has changed
+  #keepAlive: number;
+  #silence: Timer; // until the next sign of life
 
-  // Writing: what goes out at the end of this turn
-  #out = "";
+  // What went out
+  #out = ""; // at the end of this turn
+  #asked: Asked[] = []; // in order
+  #count = 0; // of questions of our own
+  #timer: Timer; // the next wake-up
 
-  // The next wake-up, and later the end of our patience
-  #timer?: Timer;
-
-  // Ending
+  // The end
   #leaving?: "hangup" | "exit"; // what we asked for
   #said?: Ending["by"]; // who it was, by Asterisk's last words
   #broken?: unknown; // why nothing can be written any more
-  #gone = false; // the caller; with option `i` the call goes on
+  #patience: Timer; // until we make an end
+  #abort = new AbortController(); // tells that the caller is gone; with option `i` the call goes on
   #ending?: Ending; // set once it is over
-  #released?: Promise<void>; // when both streams are closed
-
-  // Made when they are asked for: a quiet call costs little more than its streams
-  #waiters?: Queue<Waiter>;
-  #pending?: Pending;
-  #abort?: AbortController;
   #closed?: Promise<Ending>;
-  #resolveClosed?: (ending: Ending) => void;
+  #released?: Promise<void>; // when both streams are closed
 
   /**
    * Takes both streams and starts to read.
    *
-   * @throws {TypeError} when one of the streams is locked already.
+   * @throws {IvrError} `invalid` for options out of range.
+   * @throws {TypeError} when one of the streams is locked already; the other one is free then.
    */
   constructor(streams: { readable: Source; writable: Sink }, options: SessionOptions = {}) {
-    this.#encoding = options.encoding ?? "utf-8";
-    this.#maxQueue = options.maxQueue ?? 10_000;
+    this.#cutter = new Cutter(options);
+    this.#keepAlive = options.keepAlive ?? Infinity;
+    checkNumber("read", "keepAlive", this.#keepAlive, 1);
     this.#reader = streams.readable.getReader();
-    this.#writer = streams.writable.getWriter();
-    this.#read(new Cutter(eventIn, options));
-  }
-
-  /** Aborted when the caller is gone: on `H`, on `I,…,HANGUP`, at the end of the stream. Hand it to `fetch`. */
-  get signal(): AbortSignal {
-    this.#abort ??= new AbortController();
-    if (this.#gone) this.#abort.abort(callerGone());
-    return this.#abort.signal;
+    try {
+      this.#writer = streams.writable.getWriter();
+    } catch (error) {
+      this.#reader.releaseLock();
+      throw error;
+    }
+    this.#read();
   }
 
   /** How the call ended, once it has. Never rejects. */
   get closed(): Promise<Ending> {
-    return this.#closed ??= new Promise((resolve) => {
-      this.#resolveClosed = resolve;
-      if (this.#ending) resolve(this.#ending);
-    });
+    return this.#closed ??= this.until(() => this.#ending) as Promise<Ending>;
   }
 
   /**
-   * Sends any command, as the methods below do. A `get` or `params` sent like this has its reply in the iterator; `play`
-   * and `queue` reject when the file is missing.
+   * Aborted when the caller is gone, with an `ended` error as its reason: on `H`, on `I,…,HANGUP`, at the end of the
+   * stream. Hand it to `fetch`.
    */
-  send(command: IvrCommand): Promise<void> {
-    return this.#send(command);
+  get signal(): AbortSignal {
+    return this.#abort.signal;
+  }
+
+  /**
+   * Sends a command. The promise brings the {@linkcode Reply} of a `get` or `params`, which the iterator does not see. That of
+   * `hangup` and `exit` resolves when the stream has ended, whoever ended it.
+   */
+  send<Command extends IvrCommand>(command: Command): Promise<Reply<Command>> {
+    return promised((resolve, reject) => this.ask(command, resolve as (reply: unknown) => void, reject));
+  }
+
+  /** Closes the streams without a word, whereupon Asterisk hangs up. What was sent before still goes out. */
+  close(): Promise<void> {
+    this.#finish();
+    return this.#released!;
+  }
+
+  /**
+   * Every event that nothing else asked for, in order, each once: two loops share them. Leaving the loop leaves the
+   * session as it is. The loop ends with the call, and throws only when a limit of the session ended it.
+   */
+  [Symbol.asyncIterator](): AsyncIterableIterator<IvrEvent, undefined> {
+    type Result = IteratorResult<IvrEvent, undefined>;
+    let left = false;
+    this.#loops++;
+    const look = (): Result | Promise<Result> | undefined => {
+      const value = left ? undefined : this.take();
+      if (value) return { value, done: false };
+      const { by, error } = this.#ending ?? {};
+      if (by === "error" && !left) return promised((_, reject) => reject(error));
+      return left || by ? { value, done: true } : undefined;
+    };
+    return {
+      next: () => {
+        const value = left ? undefined : this.take();
+        return value ? Promise.resolve({ value, done: false }) : this.until(look) as Promise<Result>;
+      },
+      return: () => {
+        if (!left) this.#loops--;
+        left = true;
+        this.change();
+        return this.until(look) as Promise<Result>;
+      },
+      [Symbol.asyncIterator]() {
+        return this;
+      },
+    };
+  }
+
+  /** Takes the oldest event that waits, or the oldest that is wanted: nobody else will see it. */
+  protected take(wanted?: (event: IvrEvent) => boolean): IvrEvent | undefined {
+    for (let before = this.#first, link; (link = before.next); before = link) {
+      if (wanted && !wanted(link.event)) continue;
+      this.#remove(link, before);
+      if (!this.#size) this.change(); // reading may wait for it
+      return link.event;
+    }
+    return undefined;
+  }
+
+  /** Looks now, and again whenever anything has changed, until something is found; finds nothing when the call is over. */
+  protected until<Found>(look: () => Found | PromiseLike<Found> | undefined): Promise<Found | undefined> {
+    const found = look();
+    if (found || this.#ending) return Promise.resolve(found);
+    const waiting: Waiting = { look, resolve: ignore, promise: undefined };
+    waiting.promise = new Promise((resolve) => waiting.resolve = resolve);
+    this.#waiting.push(waiting);
+    return waiting.promise as Promise<Found>;
+  }
+
+  /** Lets everybody who waits in {@linkcode Session.until} look again. */
+  protected change(): void {
+    const waiting = this.#waiting;
+    if (!waiting.length) return;
+    this.#waiting = [];
+    for (const waiter of waiting) {
+      const found = waiter.look();
+      if (this.#ending) waiter.promise?.catch(ignore); // nobody may look at it any more
+      if (found || this.#ending) waiter.resolve(found);
+      else this.#waiting.push(waiter);
+    }
+  }
+
+  /** Sees each event as it comes, before anybody can take it. Returns whether a promise tells of it already. */
+  protected received(_event: IvrEvent): boolean {
+    return false;
+  }
+
+  /**
+   * Sends a command, as `send` does: one of the two is called as soon as it is known what became of it, before anything
+   * behind the answer is looked at. Throws what was wrong with the command, or that the call is over.
+   */
+  protected ask(command: IvrCommand, done: (reply: unknown) => void, fail: (error: IvrError) => void): void {
+    const { type } = command;
+    let text = formatCommand(command);
+    if (type === "hangup" || type === "exit") {
+      if (this.#ending) return void setTimeout(done);
+      this.closed.then(() => done(undefined));
+      if (this.#leaving) return;
+      this.#leaving = type;
+    } else {
+      if (this.#ending) throw over();
+      const own = type === "get" ? command.names[0] : type === "params" ? PARAMS : undefined;
+      const name = own ?? `EIVR_ACK_${++this.#count}`;
+      if (!own) text += `G,${name}\n`;
+      this.#asked.push({ name, fail, done: (reply) => done(own && reply) });
+    }
+    this.#write(text);
+    this.#wake();
+  }
+
+  #remove(link: Link, before: Link): void {
+    before.next = link.next;
+    if (!link.next) this.#last = before;
+    link.next = undefined; // or an old one that is garbage would keep the young ones behind it
+    this.#size -= link.size;
+  }
+
+  async #read(): Promise<void> {
+    let over = false;
+    const receive = (text: string, from: number, to: number) => {
+      this.#receive(eventIn(text, from, to), to - from + 1, over);
+    };
+    try {
+      while (!over) {
+        this.#listen();
+        const { done, value } = await this.#reader.read();
+        over = done;
+        this.#cutter.cut(done ? undefined : value, receive);
+        this.change();
+        if (this.#size > AHEAD || this.#overflows) await this.#room();
+      }
+      this.#finish();
+    } catch (error) {
+      this.#finish(error ?? new Error("The stream of events broke"));
+    }
+  }
+
+  /** Asks for a sign of life after a silence, and ends the call after another. */
+  #listen(asked = false): void {
+    if (this.#keepAlive === Infinity) return;
+    clearTimeout(this.#silence!);
+    if (this.#ending) return;
+    this.#silence = later(() => {
+      if (asked) return this.#finish();
+      this.ask({ type: "get", names: ["EIVR_ALIVE"] }, ignore, ignore);
+      this.#listen(true);
+    }, this.#keepAlive);
+  }
+
+  /** Puts an event where it belongs. */
+  #receive(event: IvrEvent, size: number, cut: boolean): void {
+    const { type } = event;
+    let told = false;
+    if (this.#ending) return;
+    // What stands behind the last newline may be cut: it may end the call, but it answers nothing
+    if (!cut) {
+      if (type === "variables" && this.#answered(event.data.split("=", 1)[0], event.data)) return;
+      if (type === "params" && this.#answered(PARAMS, event.params)) return;
+      told = type === "failed" ? this.#refused(event.reason) : this.received(event);
+    }
+    this.#last = this.#last.next = { event, size, told, next: undefined };
+    this.#size += size;
+    if (type === "hangup" || type === "exit") {
+      this.#said ??= type === "hangup" && this.#leaving !== "hangup" ? "caller" : type;
+      this.#expectEnd();
+    }
+    if (type === "hangup" || type === "inform" && event.message === "HANGUP") this.#abort.abort(over());
+  }
+
+  #answered(name: string | undefined, reply: unknown): boolean {
+    const at = this.#asked.findIndex((asked) => asked.name === name);
+    if (at < 0) return false;
+    this.#asked.splice(at, 1)[0]!.done(reply);
+    this.#wake();
+    return true;
+  }
+
+  #refused(reason: string | undefined): boolean {
+    const why = reason ?? "the channel is not answered, or hung up";
+    this.#asked[0]?.fail(new IvrError("refused", `Asterisk refused: ${why}`, { reason }));
+    return this.#asked.length > 0;
+  }
+
+  /** Whether more waits than may wait. */
+  get #overflows(): boolean {
+    const { full, rest, maxBuffer } = this.#cutter;
+    return full || this.#size + rest.length > maxBuffer;
+  }
+
+  /**
+   * Makes room: lets go what promises told where nobody iterates; who does has a turn of the event loop to take some, and
+   * more of them while there is too much and every turn takes some.
+   */
+  async #room(): Promise<void> {
+    for (let before = this.#first, link; !this.#loops && (link = before.next);) {
+      if (link.told) this.#remove(link, before);
+      else before = link;
+    }
+    if (!this.#loops && !this.#overflows) return;
+    let size: number;
+    do {
+      size = this.#size;
+      let late = false;
+      let timer = setTimeout(() => timer = setTimeout(() => (late = true, this.change()))); // behind all of this turn
+      await this.until(() => late || !this.#size);
+      clearTimeout(timer);
+    } while (this.#overflows && this.#size < size);
+    if (this.#overflows) throw this.#cutter.overflow();
+  }
+
+  /** Writes what is sent in one turn in one go. */
+  #write(text: string): void {
+    this.#out += text;
+    if (this.#out !== text) return; // goes out with what was there before
+    Promise.resolve().then(() => {
+      const bytes = encode(this.#out);
+      this.#out = "";
+      return this.#writer.write(bytes);
+    }).catch((error) => {
+      this.#broken ??= error ?? new Error("The stream of commands broke");
+      this.#expectEnd(); // Asterisk is gone, but its last words may still be on their way
+    });
+  }
+
+  /** Wakes Asterisk while something is awaited: a millisecond after anything moved, then ever more slowly. */
+  #wake(delay = 1): void {
+    clearTimeout(this.#timer!);
+    if (this.#patience || this.#ending || !this.#asked.length && !this.#leaving) return;
+    this.#timer = later(() => {
+      this.#write("\n");
+      this.#wake(Math.min(delay * 2, 1000));
+    }, delay);
+  }
+
+  /** The stream of events is about to end: if it does not, we end it. */
+  #expectEnd(): void {
+    this.#patience ??= later(() => this.#finish(), GRACE);
+    this.#wake();
+  }
+
+  #finish(error: unknown = this.#broken): void {
+    if (this.#ending) return;
+    const overflow = error instanceof IvrError && error.code === "overflow" && "error";
+    // A reset after our own H or E is Asterisk closing with our wake-ups unread
+    const by = overflow || this.#said || error !== undefined && this.#leaving || "disconnect";
+    this.#ending = error !== undefined && (by === "error" || by === "disconnect") ? { by, error } : { by };
+    clearTimeout(this.#patience!);
+    this.#listen();
+    this.#wake();
+    this.#released = this.#release(this.#ending);
+    this.#abort.abort(over());
+    for (const { fail } of this.#asked.splice(0)) fail(over(error));
+    this.change();
+  }
+
+  /** Closes both streams: what was sent goes out first, unless something broke or the peer does not take it. */
+  async #release({ error }: Ending): Promise<void> {
+    let timer: Timer;
+    const grace = new Promise<void>((resolve) => timer = later(resolve, GRACE));
+    const inTime = (closing: Promise<void>) => Promise.race([grace, closing.catch(ignore)]);
+    // A socket that ends by itself, as Node's do, is to do so first: Deno fails when both close it in one turn
+    await new Promise<void>((resolve) => setTimeout(resolve));
+    await inTime(error === undefined ? this.#writer.close() : this.#writer.abort(error));
+    await inTime(this.#reader.cancel());
+    clearTimeout(timer!);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// 5. Ivr: a menu
+// ---------------------------------------------------------------------------------------------------------
+
+/**
+ * What became of a prompt.
+ *
+ * - `finished`: it played to its end. `interrupted`: it was stopped while it played. `dropped`: it was removed before
+ *   its turn.
+ * - `missing`: there is no such file. `refused`: the channel is not answered, or hung up.
+ * - `skipped`: the file exists but Asterisk could not open it. It says so to nobody: only something behind it that
+ *   moved on tells.
+ * - `ended`: the call ended first, or, with the dialplan's option `i`, the caller hung up.
+ */
+export type Outcome = "finished" | "interrupted" | "dropped" | "missing" | "refused" | "skipped" | "ended";
+
+/** What {@linkcode Ivr.gather} plays, collects and waits for. */
+export interface GatherOptions {
+  /** Files to play first, queued behind what plays already. */
+  prompt?: string | string[] | undefined;
+  /** Done with so many digits. The default is no limit. */
+  maxDigits?: number | undefined;
+  /** Each of these keys ends the input and is no part of it. The default is `"#"`. */
+  terminators?: string | undefined;
+  /** Milliseconds to the first key, from the end of the prompts. The default is 5000; `Infinity` waits for ever. */
+  timeout?: number | undefined;
+  /** Milliseconds to each further key. The default is `timeout`. */
+  interDigitTimeout?: number | undefined;
+  /**
+   * Milliseconds that the prompts may take; then they are stopped and count as over. Asterisk does not tell when it could
+   * not open the last one, so nothing else may ever end them. The default is five minutes.
+   */
+  promptTimeout?: number | undefined;
+  /** Whether the first key interrupts the prompts, and a key that waits already skips them. The default is `true`. */
+  bargeIn?: boolean | undefined;
+  /** Whether keys pressed before are thrown away rather than taken (type-ahead). The default is `false`. */
+  flush?: boolean | undefined;
+  /** Ends the gathering early. */
+  signal?: AbortSignal | undefined;
+}
+
+/** What was gathered, and why it ended there. */
+export interface Gathered {
+  /** The keys, without the terminator. */
+  digits: string;
+  /** Why the gathering ended. */
+  reason: "maxDigits" | "terminator" | "timeout" | "hangup" | "aborted";
+  /** The key that ended it, if one did. */
+  terminator?: Digit;
+  /** What became of each prompt, in order. Empty when a key pressed early skipped them. */
+  outcomes: Outcome[];
+}
+
+/** What is in Asterisk's playlist, as far as we know: a file, or an `I` that is not carried out. */
+interface Prompt {
+  file: string | undefined;
+  /** Who wants to know what becomes of it. */
+  tell: ((outcome: Outcome) => void) | undefined;
+}
+
+type Key = IvrEvent & { type: "dtmf" };
+
+const isKey = (event: IvrEvent): event is Key => event.type === "dtmf";
+
+/** What a message can be, of any lines: no control characters, no halves of characters, cut to what fits. */
+function messages(lines: string[]): string[] {
+  const room = new Uint8Array(MAX_COMMAND_BYTES - "L,".length);
+  const pieces: string[] = [];
+  for (const line of lines) {
+    for (let rest = line.replace(/\p{Cc}/gu, " ").replace(/\p{Surrogate}/gu, "?"); rest;) {
+      const { read } = new TextEncoder().encodeInto(rest, room); // whole characters, as many as fit
+      pieces.push(rest.slice(0, read).trimEnd());
+      rest = rest.slice(read);
+    }
+  }
+  return pieces.filter(Boolean);
+}
+
+/**
+ * A call as a menu sees it: a {@linkcode Session} that knows what becomes of each prompt, and gathers keys.
+ *
+ * Two styles, alone or together: each method is a promise, and `for await (const event of ivr)` gives every event that
+ * nothing else asked for. What became of a prompt reaches both; it does not wait for a loop where there is none and room is
+ * short. Keys go to the {@linkcode Ivr.gather} under way, and wait for the next one or for the iterator otherwise.
+ *
+ * What is under way when the call ends settles with that: `play` and `queue` resolve with `ended`, `gather` with
+ * `hangup`, the others reject with `ended`. Whatever is asked for later rejects with `ended`, but `hangup` and `exit`,
+ * which resolve.
+ */
+export class Ivr extends Session {
+  #playlist: Prompt[] = []; // in order
+  #gathering = false;
+
+  /** Takes both streams and starts to read: see {@linkcode Session}. */
+  constructor(streams: { readable: Source; writable: Sink }, options?: SessionOptions) {
+    super(streams, options);
+    this.signal.addEventListener("abort", () => this.#ended("ended"));
   }
 
   /** Clears the playlist, plays the file, and resolves with what became of it. */
   play(file: string): Promise<Outcome> {
-    return this.#send({ type: "play", file }, "outcome");
+    return this.#prompt({ type: "play", file });
   }
 
   /** Plays the file after what waits in the playlist, and resolves with what became of it. */
   queue(file: string): Promise<Outcome> {
-    return this.#send({ type: "queue", file }, "outcome");
+    return this.#prompt({ type: "queue", file });
   }
 
   /** Stops and clears the playlist (Asterisk 11). */
@@ -915,25 +1125,22 @@ export class Session {
     return this.send({ type: "set", variables });
   }
 
-  /** Presses keys toward the caller. Asterisk does nothing else meanwhile. */
-  sendDtmf(digits: string, options: { interval?: number; duration?: number } = {}): Promise<void> {
+  /**
+   * Presses keys toward the caller, `interval` milliseconds apart, each for `duration` milliseconds; `w` and `W` are pauses
+   * of half a second and a second. Asterisk does nothing else meanwhile.
+   */
+  sendDtmf(
+    digits: string,
+    options: { interval?: number | undefined; duration?: number | undefined } = {},
+  ): Promise<void> {
     return this.send({ type: "dtmf", digits, ...options });
   }
 
   /** Writes any text to Asterisk's log: each of its lines, cut where the wire ends, control characters as blanks. */
   log(text: string): Promise<void> {
-    return quiet(async () => {
-      const pieces: string[] = [];
-      const room = new Uint8Array(MAX_COMMAND_BYTES - "L,".length);
-      for (const line of text.split(/[\n\r]/)) {
-        let rest = line.replace(/\p{Cc}/gu, " ").replace(unfit(this.#encoding), "?");
-        while (rest) {
-          const { read } = new TextEncoder().encodeInto(rest, room); // whole characters, as many as fit
-          pieces.push(rest.slice(0, read).trimEnd());
-          rest = rest.slice(read);
-        }
-      }
-      await Promise.all(pieces.filter(Boolean).map((message) => this.#send({ type: "log", message })));
+    return promised((resolve) => {
+      const sent = messages(String(text).split(/[\r\n]/)).map((message) => this.send({ type: "log", message }));
+      resolve(Promise.all(sent).then(ignore));
     });
   }
 
@@ -945,38 +1152,50 @@ export class Session {
    * 2046, since a comma at the cut is lost as well.
    */
   get(...names: string[]): Promise<Record<string, string>> {
-    return quiet(async () => {
-      const questions = names.map((name): IvrCommand => ({ type: "get", names: [name] }));
-      for (const question of questions) formatCommand(question, this.#encoding); // all are good before the first goes out
-      const answers = await Promise.all(questions.map((question) => this.#send<string>(question, "reply")));
-      const values = Object.fromEntries(names.map((name, i) => [name, answers[i]!.slice(name.length + 1)]));
-      const cut = names.find((_, i) => encode(answers[i]!, this.#encoding).length >= 2046);
-      if (cut === undefined) return values;
-      const error = new IvrError("truncated", `Cannot get "${cut}" whole: Asterisk cuts at 2047 bytes`);
-      error.partial = values;
-      throw error;
+    return promised((resolve) => {
+      const questions = names.map((name) => ({ type: "get" as const, names: [name] }));
+      questions.forEach(formatCommand); // all are good before the first goes out
+      resolve(
+        Promise.all(questions.map((question) => this.send(question))).then((replies) => {
+          const partial = Object.fromEntries(names.map((name, i) => [name, replies[i]!.slice(name.length + 1)]));
+          const cut = names.find((_, i) => encode(replies[i]!).length >= 2046);
+          if (cut === undefined) return partial;
+          throw new IvrError("truncated", `Cannot get ${cut} whole: Asterisk cuts at 2047 bytes`, { partial });
+        }),
+      );
     });
   }
 
   /** The dialplan's call: the command itself (`ivr://host` or the program's path) and its arguments. */
   params(): Promise<string[]> {
-    return this.#send({ type: "params" }, "reply");
+    return this.send({ type: "params" });
+  }
+
+  /**
+   * Ends the call with a message for the log: any text, on one line, cut to what fits. Resolves when the stream has ended,
+   * whoever ended it.
+   */
+  hangup(text = ""): Promise<void> {
+    return this.send({ type: "hangup", message: messages([String(text)])[0] });
+  }
+
+  /** Goes on in the dialplan, with a message for the log. Otherwise as {@linkcode Ivr.hangup}. */
+  exit(text = ""): Promise<void> {
+    return this.send({ type: "exit", message: messages([String(text)])[0] });
   }
 
   /**
    * Plays prompts and collects keys until `maxDigits`, a terminator, a pause, or the end of the call, and resolves with
    * what was collected so far in every case. A key past the end waits for whoever comes next.
    *
-   * The first key's time runs from the end of the prompts. A prompt that Asterisk silently skips (see
-   * {@linkcode Outcome}) has no end before the next thing in the playlist moves on.
-   *
-   * Rejects with `invalid` for options out of range, and when another `gather` is under way.
+   * Rejects with `invalid` for options out of range, and when another `gather` is under way; with `ended` when the caller
+   * is gone before it begins.
    *
    * @example An account number, in up to three tries
    * ```ts
-   * import type { Session } from "@externalivr/protocol";
+   * import type { Ivr } from "@externalivr/protocol";
    *
-   * async function account(ivr: Session): Promise<string | undefined> {
+   * async function account(ivr: Ivr): Promise<string | undefined> {
    *   for (let tries = 0; tries < 3; tries++) {
    *     const { digits, reason } = await ivr.gather({ prompt: ["please-enter-your", "account"], maxDigits: 8 });
    *     if (digits || reason === "hangup") return digits;
@@ -985,304 +1204,167 @@ export class Session {
    * ```
    */
   gather(options: GatherOptions = {}): Promise<Gathered> {
-    return quiet(() => new Promise((resolve) => this.#gather(options, resolve)));
-  }
-
-  /** Ends the call with a message for the log. Resolves when the stream has ended, whoever ended it. */
-  hangup(message = "hangup"): Promise<void> {
-    return this.send({ type: "hangup", message });
-  }
-
-  /** Goes on in the dialplan, with a message for the log. Resolves when the stream has ended, whoever ended it. */
-  exit(message = "exit"): Promise<void> {
-    return this.send({ type: "exit", message });
-  }
-
-  /** Closes the streams without a word, whereupon Asterisk hangs up. What was sent before still goes out. */
-  close(): Promise<void> {
-    this.#finish();
-    return this.#released!;
-  }
-
-  /** The same as {@linkcode Session.close}, for `await using`. */
-  [Symbol.asyncDispose](): Promise<void> {
-    return this.close();
-  }
-
-  /**
-   * Every event that nothing else asked for, in order, each once: two loops share them. Leaving the loop leaves the
-   * session as it is. The loop ends with the call, and throws what it failed with, if it did.
-   */
-  [Symbol.asyncIterator](): AsyncIterableIterator<IvrEvent, undefined> {
-    let left = false;
-    const iterator: AsyncIterableIterator<IvrEvent, undefined> = {
-      next: () => {
-        const value = left ? undefined : this.#next();
-        if (value) return Promise.resolve({ value, done: false });
-        const promise: Promise<IteratorResult<IvrEvent, undefined>> = new Promise((resolve, reject) => {
-          const fail = (error: unknown) => (promise.catch(ignore), reject(error)); // nobody may await it any more
-          (this.#waiters ??= new Queue()).push({ left: () => left, resolve, reject: fail });
-        });
-        if (left || this.#ending) this.#dismiss();
-        return promise;
-      },
-      return: () => {
-        left = true;
-        this.#dismiss();
-        return Promise.resolve({ value: undefined, done: true });
-      },
-      [Symbol.asyncIterator]: () => iterator,
-    };
-    return iterator;
-  }
-
-  async #read(cutter: Cutter<IvrEvent>): Promise<void> {
-    try {
-      for (;;) {
-        const { done, value } = await this.#reader.read();
-        cutter.add(done ? undefined : value);
-        for (let event; !this.#ending && (event = cutter.take());) {
-          // What stands behind the last newline may be cut: it may end the call, but it answers nothing
-          if (done && event.type !== "hangup" && event.type !== "exit") this.#show(event);
-          else this.#receive(event);
-          if (this.#events.size > this.#maxQueue) await this.#room();
-        }
-        if (done) return this.#finish();
-      }
-    } catch (error) {
-      this.#finish(error ?? new Error("The stream of events failed"));
-    }
-  }
-
-  /** Waits for the events to be taken, but no longer than a turn of the event loop: then nobody takes them. */
-  async #room(): Promise<void> {
-    let timer: Timer | undefined;
-    await new Promise<void>((resolve) => {
-      this.#drained = resolve;
-      timer = setTimeout(() => timer = setTimeout(resolve)); // behind every timer of this turn
+    return promised((resolve) => {
+      checkGather(options);
+      if (this.#gathering) refuse("gather", "gather", options, "the only one under way");
+      if (this.signal.aborted) throw over();
+      while (options.flush && this.take(isKey));
+      if (options.signal?.aborted) setTimeout(() => resolve({ digits: "", reason: "aborted", outcomes: [] }));
+      else resolve(this.#gather(options));
     });
-    stop(timer);
-    if (this.#events.size > this.#maxQueue) {
-      throw new IvrError("overflow", `Cannot keep more than ${this.#maxQueue} events: nobody takes them`);
-    }
   }
 
-  /** Gives an event to who asked for it; everything else goes to the iterator. */
-  #receive(event: IvrEvent): void {
-    if (event.type === "dtmf" && this.#collect) {
-      this.#events.push(event);
-      return this.#collect();
-    }
-    const answered = this.#pending?.receive(event);
-    if (answered) this.#wake();
-    if (answered?.hidden) return;
-    if (!this.#said && (event.type === "hangup" || event.type === "exit")) {
-      this.#said = event.type === "hangup" && this.#leaving !== "hangup" ? "caller" : event.type;
-      this.#expectEnd();
-    }
-    this.#show(event);
-    if (event.type === "hangup" || event.type === "inform" && event.message === "HANGUP") this.#hungUp();
-  }
-
-  /** Gives an event to the iterator that waits for it, or lets it wait. */
-  #show(event: IvrEvent): void {
-    if (this.#waiters?.size && !this.#events.size) {
-      return this.#waiters.take()!.resolve({ value: event, done: false });
-    }
-    this.#events.push(event);
-    this.#deliver();
-  }
-
-  #takeKey(): Digit | undefined {
-    return (this.#take((event) => event.type === "dtmf") as IvrEvent & { type: "dtmf" } | undefined)?.digit;
-  }
-
-  /** The oldest event that the iterator may have: not a key while a gather is under way. */
-  #next(): IvrEvent | undefined {
-    return this.#take(this.#collect && ((event) => event.type !== "dtmf"));
-  }
-
-  #take(wanted?: (event: IvrEvent) => boolean): IvrEvent | undefined {
-    const event = this.#events.take(wanted);
-    if (!this.#events.size) this.#drained?.();
-    return event;
-  }
-
-  /** Gives events that wait to iterators that wait: both do when a gather held the keys back. */
-  #deliver(): void {
-    for (let value; this.#waiters?.size && (value = this.#next());) {
-      this.#waiters.take()!.resolve({ value, done: false });
-    }
-  }
-
-  /** Ends the waiting of loops that were left, or of all loops when the call is over. */
-  #dismiss(): void {
-    const waiters = this.#waiters;
-    this.#waiters = undefined;
-    for (let waiter; (waiter = waiters?.take());) {
-      if (this.#ending?.by === "error" && !waiter.left()) waiter.reject(this.#ending.error);
-      else if (this.#ending || waiter.left()) waiter.resolve({ value: undefined, done: true });
-      else (this.#waiters ??= new Queue()).push(waiter);
-    }
-  }
-
-  #gather(options: GatherOptions, resolve: (gathered: Gathered) => void): void {
-    const { prompt = [], maxDigits = Infinity, terminators = "#", timeout = 5000, bargeIn = true, signal } = options;
-    const { interDigitTimeout = timeout } = options;
-    if (maxDigits !== Infinity && !(Number.isInteger(maxDigits) && maxDigits > 0)) {
-      refuse("maxDigits", maxDigits, "it has to be a whole number above zero");
-    }
-    for (const [field, ms] of Object.entries({ timeout, interDigitTimeout })) {
-      if (typeof ms !== "number" || !(ms >= 0)) refuse(field, ms, "it has to be milliseconds");
-    }
-    for (const key of terminators) {
-      if (!DIGITS.includes(key)) refuse("terminators", key, "no such key");
-    }
-    if (this.#collect) refuse("gather", "now", "another one is under way");
-    const files = [prompt].flat(); // emptied when they are queued
-    for (const file of files) formatCommand({ type: "queue", file }, this.#encoding); // all are good before one is sent
-
-    let playing = 0; // how many of our prompts have not ended
-    let digits = "";
+  async #gather(options: GatherOptions): Promise<Gathered> {
+    const { prompt = [], maxDigits, terminators = "#", timeout = 5000, bargeIn = true, signal } = options;
+    const { interDigitTimeout = timeout, promptTimeout = 300_000 } = options;
     let late = false;
-    let timer: Timer | undefined;
+    let timer: Timer;
+    const change = () => this.change();
     const wait = (ms: number) => {
-      stop(timer);
-      if (ms < 2 ** 31) timer = later(() => (late = true, collect()), ms); // a longer one would go off at once
+      late = false;
+      clearTimeout(timer!);
+      timer = later(() => (late = true, change()), ms);
     };
-    const ended = () => {
-      if (!playing) return; // interrupted
-      playing--;
-      collect();
-    };
-    // Looks at all there is to know, whatever has changed
-    const collect = () => {
-      const over = this.#gone ? "hangup" : signal?.aborted ? "aborted" : late ? "timeout" : undefined;
-      let reason: Gathered["reason"] | undefined;
-      let terminator: Digit | undefined;
-      const takes = over || bargeIn || !playing && !files.length;
-      for (let key; takes && !reason && (key = this.#takeKey());) {
-        if (terminators.includes(key)) {
-          terminator = key;
-          reason = "terminator";
-        } else {
-          digits += key;
-          if (digits.length === maxDigits) reason = "maxDigits";
-          else wait(interDigitTimeout);
-        }
-      }
-      reason ??= over;
-      if (playing && (digits || reason)) {
-        playing = 0;
-        if (!this.#gone) this.interrupt();
-      }
-      if (reason) {
-        stop(timer);
-        signal?.removeEventListener("abort", collect);
-        this.#collect = undefined;
-        resolve({ digits, reason, ...terminator && { terminator } });
-        this.#deliver(); // the keys that are left
-      } else if (!digits) {
-        playing += files.length;
-        for (const file of files.splice(0)) this.#ask({ type: "queue", file }, "outcome", ended, ignore);
-        if (!playing && timer === undefined) wait(timeout);
-      }
-    };
+    const key = () => (this.take(isKey) as Key | undefined)?.digit;
+    const end = () => this.signal.aborted ? "hangup" : signal?.aborted ? "aborted" : late ? "timeout" : undefined;
 
-    while (options.flush && this.#takeKey());
-    if (signal?.aborted) return resolve({ digits, reason: "aborted" });
-    signal?.addEventListener("abort", collect);
-    this.#collect = collect;
-    collect();
-  }
+    signal?.addEventListener("abort", change);
+    this.#gathering = true;
+    try {
+      let pressed = bargeIn ? key() : undefined; // early, so that it skips the prompts
+      const files = pressed ? [] : [prompt].flat();
+      let playing = files.length;
+      const prompts = files.map((file) => this.queue(file).finally(() => (playing--, change())));
+      wait(promptTimeout);
+      await this.until(() => !playing || bargeIn && (pressed ??= key()) || end());
+      if (playing && !this.signal.aborted) this.interrupt();
 
-  #send<Result = void>(command: IvrCommand, wanted: Wanted = "done"): Promise<Result> {
-    return quiet(() =>
-      new Promise<unknown>((resolve, reject) => this.#ask(command, wanted, resolve, reject))
-    ) as Promise<Result>;
-  }
-
-  /** Sends a command, with a question behind it if it has no answer of its own. */
-  #ask(command: IvrCommand, wanted: Wanted, resolve: Asked["resolve"], reject: Asked["reject"]): void {
-    let lines = formatCommand(command, this.#encoding);
-    if (command.type === "hangup" || command.type === "exit") {
-      resolve(this.closed.then(ignore));
-      if (this.#leaving || this.#ending) return;
-      this.#leaving = command.type;
-    } else {
-      const pending = this.#pending ??= new Pending();
-      lines += pending.add(command, wanted, resolve, reject);
-      if (this.#ending) return pending.end();
+      let digits = "";
+      const done = async (reason: Gathered["reason"], terminator?: Digit): Promise<Gathered> => ({
+        digits,
+        reason,
+        ...terminator && { terminator },
+        outcomes: await Promise.all(prompts),
+      });
+      for (let ms = timeout;; ms = interDigitTimeout) {
+        wait(ms);
+        const found = pressed ?? await this.until(() => key() ?? end()) ?? "hangup";
+        pressed = undefined;
+        if (found.length > 1) return await done(found as Gathered["reason"]);
+        if (terminators.includes(found)) return await done("terminator", found as Digit);
+        digits += found;
+        if (digits.length === maxDigits) return await done("maxDigits");
+      }
+    } finally {
+      clearTimeout(timer!);
+      signal?.removeEventListener("abort", change);
+      this.#gathering = false;
+      this.change(); // the keys that are left are for the iterators
     }
-    this.#write(lines);
-    this.#wake();
   }
 
-  /** Writes what is sent in one turn in one go. */
-  #write(text: string): void {
-    this.#out += text;
-    if (this.#out !== text) return; // goes out with what was there before
-    Promise.resolve().then(() => {
-      const bytes = encode(this.#out, this.#encoding);
-      this.#out = "";
-      return this.#writer.write(bytes);
-    }).catch((error) => {
-      if (this.#broken || this.#ending) return;
-      this.#broken = error ?? new Error("The stream of commands failed");
-      this.#expectEnd(); // Asterisk is gone, but its last words may still be on their way
+  /** While keys are gathered they are not for the iterators. */
+  protected override take(
+    wanted: (event: IvrEvent) => boolean = (event) => !this.#gathering || !isKey(event),
+  ): IvrEvent | undefined {
+    return super.take(wanted);
+  }
+
+  #prompt(command: IvrCommand): Promise<Outcome> {
+    return promised((resolve) => {
+      const failed = ({ code, reason }: IvrError) =>
+        resolve(code === "ended" ? code : reason === undefined ? "refused" : "missing");
+      this.ask(command, ignore, failed, resolve);
     });
   }
 
-  /** The stream of events is about to end: if it does not, we end it. */
-  #expectEnd(): void {
-    stop(this.#timer);
-    this.#timer = later(() => this.#finish(), GRACE);
+  /** Follows what a command does to the playlist. */
+  protected override ask(
+    command: IvrCommand,
+    done: (reply: unknown) => void,
+    fail: (error: IvrError) => void,
+    tell?: (outcome: Outcome) => void,
+  ): void {
+    const { type, file }: { type: string; file?: string } = command;
+    if (!file && type !== "interrupt") return super.ask(command, done, fail);
+    const prompt = { file, tell };
+    super.ask(command, (reply) => {
+      // `S` and `I` clear: what is still before them was skipped, and the `I` itself is over
+      if (type !== "queue") this.#ended("skipped", this.#playlist.indexOf(prompt) + (file ? 0 : 1));
+      done(reply);
+    }, (error) => {
+      this.#playlist = this.#playlist.filter((other) => other !== prompt);
+      fail(error);
+    });
+    this.#playlist.push(prompt);
   }
 
-  /** Wakes Asterisk while something is awaited: a millisecond after anything moved, then ever more slowly. */
-  #wake(delay = 1): void {
-    if (this.#broken || this.#said) return;
-    stop(this.#timer);
-    if (!this.#pending?.asked.length && !this.#leaving) return;
-    this.#timer = later(() => {
-      this.#write("\n");
-      this.#wake(Math.min(delay * 2, 1000));
-    }, delay);
+  /** Follows the playlist. What should have left it before a file that did, and did not say so, was skipped. */
+  protected override received(event: IvrEvent): boolean {
+    if (event.type !== "finished" && event.type !== "interrupted" && event.type !== "dropped") return false;
+    const at = this.#playlist.findIndex(({ file }) => event.file === undefined || file === event.file);
+    if (at < 0) return false;
+    const { tell } = this.#playlist[at]!;
+    this.#ended("skipped", at);
+    this.#ended(event.type, 1);
+    return !!tell;
   }
 
-  /** The caller is gone, and nothing plays any more, even if the call is still ours. */
-  #hungUp(): void {
-    this.#pending?.settle("ended");
-    this.#gone = true;
-    this.#collect?.();
-    this.#abort?.abort(callerGone());
+  /** Tells what became of the first files of the playlist. */
+  #ended(outcome: Outcome, count = Infinity): void {
+    for (const { tell } of this.#playlist.splice(0, count)) tell?.(outcome);
   }
+}
 
-  #finish(error: unknown = this.#broken): void {
-    if (this.#ending) return;
-    // A reset after our own H or E is Asterisk closing with our wake-ups unread
-    const failed = error instanceof IvrError ? "error" : this.#leaving ?? "error";
-    const by = this.#said ?? (error === undefined ? "disconnect" : failed);
-    this.#ending = by === "error" ? { by, error } : { by };
-    stop(this.#timer);
-    this.#pending?.end(error);
-    this.#released = this.#release(this.#ending);
-    this.#resolveClosed?.(this.#ending);
-    this.#hungUp();
-    this.#dismiss();
+/** Refuses what a gather cannot do, before anything is sent. */
+function checkGather(options: GatherOptions): void {
+  const { prompt = [], maxDigits = Infinity, terminators = "" } = options;
+  const { timeout = 0, interDigitTimeout = 0, promptTimeout = 0 } = options;
+  if (maxDigits !== Infinity) checkWhole("gather", "maxDigits", maxDigits, 1);
+  for (const [field, ms] of Object.entries({ timeout, interDigitTimeout, promptTimeout })) {
+    checkNumber("gather", field, ms, 0);
   }
+  for (const key of terminators) if (!KEYS.includes(key)) refuse("gather", "terminators", key, RULES["digit"]);
+  for (const file of [prompt].flat()) formatCommand({ type: "queue", file });
+}
 
-  /** Closes both streams: what was sent goes out first, unless the session failed or the peer does not take it. */
-  async #release({ by, error }: Ending): Promise<void> {
-    const grace = new Promise<void>((resolve) => this.#timer = later(resolve, GRACE));
-    const inTime = (closing: Promise<void>) => Promise.race([grace, closing.catch(ignore)]);
-    if (by === "error") this.#writer.abort(error).catch(ignore);
-    else {
-      // A socket that ends by itself, as Node's do, is to do so first: Deno fails when both close it in one turn
-      await new Promise<void>((resolve) => setTimeout(resolve));
-      await inTime(this.#writer.close());
-    }
-    await inTime(this.#reader.cancel());
-    stop(this.#timer);
+/**
+ * Takes a call from its first event to its last: makes an {@linkcode Ivr}, gives it to the handler, and closes it whatever
+ * happens. Resolves with how the call ended.
+ *
+ * A handler that stops because the call is over is no failure: with an `ended` error of a command, or with what a `fetch`
+ * throws that was given {@linkcode Session.signal}. Anything else that it throws ends the call, and rejects; so does a limit of
+ * the session (`overflow`). One call's failure is no other's: a server catches each.
+ *
+ * @example A server on Deno
+ * ```ts
+ * import { answer, type Ivr } from "@externalivr/protocol";
+ *
+ * async function menu(ivr: Ivr) {
+ *   await ivr.play("hello-world");
+ *   await ivr.exit();
+ * }
+ *
+ * async function serve(listener: Deno.TcpListener) {
+ *   for await (const conn of listener) answer(conn, menu, { keepAlive: 20_000 }).catch(console.error);
+ * }
+ * ```
+ */
+export async function answer(
+  streams: { readable: Source; writable: Sink },
+  handler: (ivr: Ivr) => Promise<void>,
+  options?: SessionOptions,
+): Promise<Ending> {
+  const ivr = new Ivr(streams, options);
+  try {
+    await handler(ivr);
+  } catch (error) {
+    const { code, name } = Object(error) as Partial<IvrError>;
+    if (!ivr.signal.aborted || code !== "ended" && name !== "AbortError") throw error;
+  } finally {
+    await ivr.close();
   }
+  const ending = await ivr.closed;
+  if (ending.by === "error") throw ending.error;
+  return ending;
 }

@@ -23,10 +23,12 @@ import {
   VirtualClock,
 } from "./examples/testing.ts";
 import {
+  answer,
   formatCommand,
   formatEvent,
   type Gathered,
   type GatherOptions,
+  Ivr,
   type IvrCommand,
   IvrError,
   type IvrErrorCode,
@@ -36,7 +38,6 @@ import {
   parseCommand,
   parseEvent,
   parseVariables,
-  Session,
   type SessionOptions,
 } from "./mod.ts";
 
@@ -103,6 +104,17 @@ async function all<T>(items: AsyncIterable<T>): Promise<T[]> {
   const found: T[] = [];
   for await (const item of items) found.push(item);
   return found;
+}
+
+/** An `invalid` error that has the field as a property and in its message, and what was tried. */
+function refuses(field: string, doing: string): (error: unknown) => boolean {
+  return (error) => {
+    assert.ok(code("invalid")(error));
+    const { message } = error as Error;
+    assert.equal((error as IvrError).field, field, message);
+    assert.ok(message.startsWith(`Cannot ${doing}: ${field} `), message);
+    return true;
+  };
 }
 
 function code(expected: IvrErrorCode): (error: unknown) => boolean {
@@ -221,11 +233,7 @@ test("events: what the wire cannot carry is refused, and the field is named", ()
     ["line", { type: "unknown", line: "Q\n" }],
   ];
   for (const [field, event] of refused) {
-    assert.throws(() => formatEvent(event as IvrEvent), (error) => {
-      assert.ok(code("invalid")(error));
-      assert.match((error as Error).message, new RegExp(`\\b${field}\\b`));
-      return true;
-    });
+    assert.throws(() => formatEvent(event as IvrEvent), refuses(field, `send ${(event as IvrEvent).type}`));
   }
 });
 
@@ -281,6 +289,7 @@ const COMMANDS: [string, IvrCommand][] = [
   ["I,interrupt", { type: "interrupt" }],
   ["T,answer", { type: "answer" }],
   ["D,0123456789*#ABCD", { type: "dtmf", digits: "0123456789*#ABCD" }],
+  ["D,1w2WabcdfF,0", { type: "dtmf", digits: "1w2WabcdfF", interval: 0 }],
   ["D,1,200", { type: "dtmf", digits: "1", interval: 200 }],
   ["D,1,200,100", { type: "dtmf", digits: "1", interval: 200, duration: 100 }],
   ["D,1,,100", { type: "dtmf", digits: "1", duration: 100 }],
@@ -357,57 +366,53 @@ test("commands: the payload is never empty", () => {
 
 test("commands: what the wire cannot carry is refused, and the field is named", () => {
   const long = "x".repeat(1020);
-  const refused: [IvrErrorCode, string, unknown][] = [
+  const refused: [string, unknown][] = [
     ...["", " ", "\t", "a ", "a\n", "a\nb", "a\rb", "a\0b", "a\x1f", "\ud83d", undefined, 5].flatMap(
-      (file): [IvrErrorCode, string, unknown][] => [
-        ["invalid", "file", { type: "play", file }],
-        ["invalid", "file", { type: "queue", file }],
-        ["invalid", "message", { type: "log", message: file }],
+      (file): [string, unknown][] => [
+        ["file", { type: "play", file }],
+        ["file", { type: "queue", file }],
+        ["message", { type: "log", message: file }],
       ],
     ),
-    ["invalid", "message", { type: "hangup", message: "" }],
-    ["invalid", "message", { type: "exit", message: "a\nH,b" }],
-    ["invalid", "digits", { type: "dtmf", digits: "" }],
-    ["invalid", "digits", { type: "dtmf", digits: "12E" }],
-    ["invalid", "digits", { type: "dtmf", digits: "1,2" }],
-    ["invalid", "digits", { type: "dtmf", digits: "1a" }],
-    ["invalid", "interval", { type: "dtmf", digits: "1", interval: -1 }],
-    ["invalid", "interval", { type: "dtmf", digits: "1", interval: 1.5 }],
-    ["invalid", "duration", { type: "dtmf", digits: "1", duration: NaN }],
-    ["invalid", "duration", { type: "dtmf", digits: "1", duration: Infinity }],
-    ["invalid", "on", { type: "autoclear", on: "yes" }],
-    ["invalid", "variables", { type: "set", variables: {} }],
-    ["invalid", "variables", { type: "set", variables: { A: "1,2" } }],
-    ["invalid", "variables", { type: "set", variables: { A: "1\n2" } }],
-    ["invalid", "variables", { type: "set", variables: { A: "1 " } }],
-    ["invalid", "variables", { type: "set", variables: { A: "1 ", B: "2" } }],
-    ["invalid", "variables", { type: "set", variables: { "": "1" } }],
-    ["invalid", "variables", { type: "set", variables: { A: "1", "": "2" } }],
-    ["invalid", "variables", { type: "set", variables: { "A,B": "1" } }],
-    ["invalid", "variables", { type: "set", variables: { "A=B": "1" } }],
-    ["invalid", "variables", { type: "set", variables: { A: 1 } }],
-    ["invalid", "names", { type: "get", names: [] }],
-    ["invalid", "names", { type: "get", names: [""] }],
-    ["invalid", "names", { type: "get", names: ["A", ""] }],
-    ["invalid", "names", { type: "get", names: ["", "A"] }],
-    ["invalid", "names", { type: "get", names: ["A", "", "B"] }],
-    ["invalid", "names", { type: "get", names: ["A,B"] }],
-    ["invalid", "interval", { type: "dtmf", digits: "1", interval: "5" }],
-    ["invalid", "duration", { type: "dtmf", digits: "1", duration: null }],
-    ["invalid", "names", { type: "get", names: ["A=B"] }],
-    ["invalid", "line", { type: "unknown", line: "H,bye" }],
-    ["invalid", "line", { type: "unknown", line: "Q\nH,bye" }],
-    ["too-long", "file", { type: "play", file: long + "x" }],
-    ["too-long", "file", { type: "play", file: "é".repeat(510) + "x" }],
-    ["too-long", "names", { type: "get", names: Array(200).fill("NAME1") }],
-    ["too-long", "line", { type: "unknown", line: "Q".repeat(1023) }],
+    ["message", { type: "hangup", message: "" }],
+    ["message", { type: "exit", message: "a\nH,b" }],
+    ["digits", { type: "dtmf", digits: "" }],
+    ["digits", { type: "dtmf", digits: "12E" }],
+    ["digits", { type: "dtmf", digits: "1,2" }],
+    ["digits", { type: "dtmf", digits: "1 " }],
+    ["interval", { type: "dtmf", digits: "1", interval: -1 }],
+    ["interval", { type: "dtmf", digits: "1", interval: 1.5 }],
+    ["duration", { type: "dtmf", digits: "1", duration: NaN }],
+    ["duration", { type: "dtmf", digits: "1", duration: Infinity }],
+    ["on", { type: "autoclear", on: "yes" }],
+    ["variables", { type: "set", variables: {} }],
+    ["variables", { type: "set", variables: { A: "1,2" } }],
+    ["variables", { type: "set", variables: { A: "1\n2" } }],
+    ["variables", { type: "set", variables: { A: "1 " } }],
+    ["variables", { type: "set", variables: { A: "1 ", B: "2" } }],
+    ["variables", { type: "set", variables: { "": "1" } }],
+    ["variables", { type: "set", variables: { A: "1", "": "2" } }],
+    ["variables", { type: "set", variables: { "A,B": "1" } }],
+    ["variables", { type: "set", variables: { "A=B": "1" } }],
+    ["variables", { type: "set", variables: { A: 1 } }],
+    ["names", { type: "get", names: [] }],
+    ["names", { type: "get", names: [""] }],
+    ["names", { type: "get", names: ["A", ""] }],
+    ["names", { type: "get", names: ["", "A"] }],
+    ["names", { type: "get", names: ["A", "", "B"] }],
+    ["names", { type: "get", names: ["A,B"] }],
+    ["interval", { type: "dtmf", digits: "1", interval: "5" }],
+    ["duration", { type: "dtmf", digits: "1", duration: null }],
+    ["names", { type: "get", names: ["A=B"] }],
+    ["line", { type: "unknown", line: "H,bye" }],
+    ["line", { type: "unknown", line: "Q\nH,bye" }],
+    ["file", { type: "play", file: long + "x" }],
+    ["file", { type: "play", file: "é".repeat(510) + "x" }],
+    ["names", { type: "get", names: Array(200).fill("NAME1") }],
+    ["line", { type: "unknown", line: "Q".repeat(1023) }],
   ];
-  for (const [reason, field, command] of refused) {
-    assert.throws(() => formatCommand(command as IvrCommand), (error) => {
-      assert.ok(code(reason)(error));
-      assert.match((error as Error).message, new RegExp(`\\b${field}\\b`), JSON.stringify(command));
-      return true;
-    });
+  for (const [field, command] of refused) {
+    assert.throws(() => formatCommand(command as IvrCommand), refuses(field, `send ${(command as IvrCommand).type}`));
   }
   assert.equal(utf8(formatCommand({ type: "play", file: long })).length, 1023);
   assert.equal(utf8(formatCommand({ type: "play", file: "é".repeat(510) })).length, 1023);
@@ -418,21 +423,19 @@ test("commands: fields in any order, and others that mean nothing", () => {
   assert.equal(formatCommand(command), "D,1,,80\n");
   assert.equal(formatEvent({ file: undefined, at: 5, timestamp, type: "interrupted" } as IvrEvent), "T,1795372496\n");
   assert.equal(formatCommand({ type: "play", file: "a", S: "b" } as IvrCommand), "S,a\n");
-  assert.throws(() => formatCommand({ type: "play", file: "a\nH,bye" }, "utf8" as "utf-8"), code("invalid"));
-  for (const type of ["", "beep", undefined]) {
-    assert.throws(() => formatCommand({ type } as unknown as IvrCommand), code("invalid"));
-    assert.throws(() => formatEvent({ type, timestamp } as unknown as IvrEvent), code("invalid"));
-  }
-  for (const type of ["constructor", "toString", "__proto__"]) {
-    assert.throws(() => formatCommand({ type } as unknown as IvrCommand));
-    assert.throws(() => formatEvent({ type, timestamp } as unknown as IvrEvent));
+  for (const type of ["", "beep", undefined, 5, null, "constructor", "toString", "__proto__"]) {
+    assert.throws(() => formatCommand({ type } as unknown as IvrCommand), refuses("type", `send ${type}`));
+    assert.throws(() => formatEvent({ type, timestamp } as unknown as IvrEvent), refuses("type", `send ${type}`));
   }
 });
 
-test("commands: Latin-1 counts a byte a character, and takes no other", () => {
-  assert.equal(formatCommand({ type: "play", file: "é".repeat(1020) }, "latin1").length, 1023);
-  assert.throws(() => formatCommand({ type: "play", file: "é".repeat(1021) }, "latin1"), code("too-long"));
-  assert.throws(() => formatCommand({ type: "play", file: "€" }, "latin1"), code("invalid"));
+test("commands: a refusal shows the value without control characters, and not all of a long one", () => {
+  const file = "\x1b[2J\x9b\u202e\n" + "x".repeat(5000);
+  assert.throws(() => formatCommand({ type: "play", file }), (error) => {
+    const { message } = error as Error;
+    assert.doesNotMatch(message, /[\p{Cc}\p{Cf}]/u);
+    return message.length < 400;
+  });
 });
 
 test("commands: parse undoes format, for whatever format takes", () =>
@@ -443,7 +446,7 @@ test("commands: parse undoes format, for whatever format takes", () =>
       () => ({ type: random.of(["play", "queue"]), file: text() }),
       () => ({
         type: "dtmf",
-        digits: random.text([..."0123456789*#ABCDw,"], 5),
+        digits: random.text([..."0123456789*#ABCDabcdwWfF,e"], 5),
         ...interval !== undefined && { interval },
       }),
       () => ({ type: "autoclear", on: random.of([true, false]) }),
@@ -526,33 +529,33 @@ test("lines: malformed bytes become U+FFFD and never an error, as if they had co
     assert.deepEqual(await all(lines(streamOf(...chunks))), await all(lines(streamOf(bytes))));
   }));
 
-test("lines: Latin-1 carries every byte as the character of its number", async () => {
-  const bytes = Uint8Array.from({ length: 256 }, (_, i) => i).filter((byte) => byte !== 10 && byte !== 13);
-  const [line] = await all(lines(streamOf(bytes), { encoding: "latin1" }));
-  assert.deepEqual([...line!].map((char) => char.charCodeAt(0)), [...bytes]);
-});
-
-test("lines: a line may be as long as maxLine, and the lines before a longer one come first", async () => {
+test("lines: a line may be as long as maxBuffer, and the lines before a longer one come first", async () => {
   for (const pieces of [1, 3, 1000]) {
     const cut = (text: string) =>
       Array.from({ length: Math.ceil(text.length / pieces) }, (_, i) => utf8(text.slice(i * pieces, (i + 1) * pieces)));
-    assert.deepEqual(await all(lines(streamOf(...cut("12345\n123\n12345")), { maxLine: 5 })), [
+    assert.deepEqual(await all(lines(streamOf(...cut("12345\n123\n12345")), { maxBuffer: 5 })), [
       "12345",
       "123",
       "12345",
     ]);
     const seen: string[] = [];
     await assert.rejects(async () => {
-      for await (const line of lines(streamOf(...cut("1\n2\n123456\n3\n")), { maxLine: 5 })) seen.push(line);
-    }, code("too-long"));
+      for await (const line of lines(streamOf(...cut("1\n2\n123456\n3\n")), { maxBuffer: 5 })) seen.push(line);
+    }, code("overflow"));
     assert.deepEqual(seen, ["1", "2"]);
   }
   for (const cut of [4, 5, 6]) {
     const bytes = utf8("1234\r\nx");
-    assert.deepEqual(await all(lines(streamOf(bytes.slice(0, cut), bytes.slice(cut)), { maxLine: 4 })), ["1234", "x"]);
+    assert.deepEqual(await all(lines(streamOf(bytes.slice(0, cut), bytes.slice(cut)), { maxBuffer: 4 })), [
+      "1234",
+      "x",
+    ]);
   }
-  await assert.rejects(all(lines(streamOf(utf8("x".repeat(65537))))), code("too-long"));
-  assert.equal((await all(lines(streamOf(utf8("x".repeat(65536))))))[0]!.length, 65536);
+  await assert.rejects(all(lines(streamOf(utf8("x".repeat(2 ** 20 + 1))))), code("overflow"));
+  assert.equal((await all(lines(streamOf(utf8("x".repeat(2 ** 20))))))[0]!.length, 2 ** 20);
+  for (const maxBuffer of [0, -1, NaN, "5"]) {
+    await assert.rejects(all(lines(streamOf(), { maxBuffer: maxBuffer as number })), refuses("maxBuffer", "read"));
+  }
 });
 
 test("lines: leaving the loop cancels the stream", async () => {
@@ -573,7 +576,7 @@ test("lines: leaving the loop cancels the stream", async () => {
 function wired(options?: SessionOptions) {
   const events = new TransformStream<Uint8Array, Uint8Array>(undefined, undefined, { highWaterMark: 1000 });
   const commands = new TransformStream<Uint8Array, Uint8Array>(undefined, undefined, { highWaterMark: 1000 });
-  const session = new Session({ readable: events.readable, writable: commands.writable }, options);
+  const session = new Ivr({ readable: events.readable, writable: commands.writable }, options);
   const writer = events.writable.getWriter();
   const sent = lines(commands.readable)[Symbol.asyncIterator]();
   return {
@@ -645,20 +648,18 @@ test("session: a get asks one name a line, all at once, and takes its replies by
   assert.deepEqual(await host.session.get(), {});
 });
 
-test("session: a get or params sent bare has its reply in the iterator", async () => {
+test("session: a get or params that was sent has its reply with its promise, and nobody else", async () => {
   await using host = wired();
   const bare = host.session.send({ type: "get", names: ["A", "B"] });
   const got = host.session.get("A");
   const params = [host.session.params(), host.session.send({ type: "params" })];
   assert.deepEqual([await host.hears(), await host.hears()], ["G,A,B", "G,A"]);
-  host.say("G,1,A=1,B=2", "G,1,A=3", "P,1,ivr://x,y", "P,1,ivr://x,z");
-  await bare;
+  host.say("G,1,A=1,B=2", "G,1,A=3", "P,1,ivr://x,y", "P,1,ivr://x,z", "1,1");
+  assert.equal(await bare, "A=1,B=2");
   assert.deepEqual(await got, { A: "3" });
-  assert.deepEqual(await params[0], ["ivr://x", "y"]);
-  await params[1];
+  assert.deepEqual(await Promise.all(params), [["ivr://x", "y"], ["ivr://x", "z"]]);
   const iterator = host.session[Symbol.asyncIterator]();
-  assert.deepEqual((await iterator.next()).value, { type: "variables", timestamp: 1, data: "A=1,B=2" });
-  assert.deepEqual((await iterator.next()).value, { type: "params", timestamp: 1, params: ["ivr://x", "z"] });
+  assert.equal((await iterator.next()).value!.type, "dtmf");
 });
 
 test("session: a value that may have been cut is never returned", async () => {
@@ -684,31 +685,32 @@ test("session: a value that may have been cut is never returned", async () => {
 test("session: bad input rejects before a byte is sent, and nobody has to look", async () => {
   await using host = wired();
   const { session } = host;
-  const bad: [IvrErrorCode, () => Promise<unknown>][] = [
-    ["invalid", () => session.play("")],
-    ["invalid", () => session.queue("a\nH,b")],
-    ["invalid", () => session.set({ A: "1,2" })],
-    ["invalid", () => session.set({})],
-    ["invalid", () => session.get("GOOD", "BAD=1")],
-    ["invalid", () => session.sendDtmf("12x")],
-    ["invalid", () => session.sendDtmf("1", { interval: -1 })],
-    ["invalid", () => session.autoclear("yes" as never)],
-    ["invalid", () => session.hangup("a\nb")],
-    ["invalid", () => session.exit("")],
-    ["invalid", () => session.send({ type: "unknown", line: "H,x" })],
-    ["too-long", () => session.set({ A: "x".repeat(1100) })],
-    ["invalid", () => session.gather({ maxDigits: 0 })],
-    ["invalid", () => session.gather({ maxDigits: 1.5 })],
-    ["invalid", () => session.gather({ terminators: "#x" })],
-    ["invalid", () => session.gather({ timeout: -1 })],
-    ["invalid", () => session.gather({ timeout: NaN })],
-    ["invalid", () => session.gather({ timeout: 2 ** 31 })],
-    ["invalid", () => session.gather({ interDigitTimeout: -1 })],
-    ["invalid", () => session.gather({ prompt: ["good", "bad\n"] })],
+  const bad: [string, string, () => Promise<unknown>][] = [
+    ["file", "send play", () => session.play("")],
+    ["file", "send queue", () => session.queue("a\nH,b")],
+    ["variables", "send set", () => session.set({ A: "1,2" })],
+    ["variables", "send set", () => session.set({})],
+    ["variables", "send set", () => session.set({ A: "x".repeat(1100) })],
+    ["names", "send get", () => session.get("GOOD", "BAD=1")],
+    ["digits", "send dtmf", () => session.sendDtmf("12x")],
+    ["interval", "send dtmf", () => session.sendDtmf("1", { interval: -1 })],
+    ["on", "send autoclear", () => session.autoclear("yes" as never)],
+    ["line", "send unknown", () => session.send({ type: "unknown", line: "H,x" })],
+    ["message", "send hangup", () => session.send({ type: "hangup", message: "a\nb" })],
+    ["type", "send beep", () => session.send({ type: "beep" } as never)],
+    ["maxDigits", "gather", () => session.gather({ maxDigits: 0 })],
+    ["maxDigits", "gather", () => session.gather({ maxDigits: 1.5 })],
+    ["terminators", "gather", () => session.gather({ terminators: "#x" })],
+    ["timeout", "gather", () => session.gather({ timeout: -1 })],
+    ["timeout", "gather", () => session.gather({ timeout: NaN })],
+    ["timeout", "gather", () => session.gather({ timeout: "5" as never })],
+    ["interDigitTimeout", "gather", () => session.gather({ interDigitTimeout: -1 })],
+    ["promptTimeout", "gather", () => session.gather({ promptTimeout: null as never })],
+    ["file", "send queue", () => session.gather({ prompt: ["good", "bad\n"] })],
   ];
-  for (const [reason, call] of bad) {
+  for (const [field, doing, call] of bad) {
     call(); // nobody looks
-    await assert.rejects(call(), code(reason));
+    await assert.rejects(call(), refuses(field, doing));
   }
   session.set({ GOOD: "1" });
   assert.equal(await host.hears(), "V,GOOD=1");
@@ -806,7 +808,7 @@ test("session: files settle in the order of the playlist, also the same one thre
 });
 
 test("session: how a call ends", async () => {
-  const endings: [string, (host: ReturnType<typeof wired>) => void, Awaited<Session["closed"]>][] = [
+  const endings: [string, (host: ReturnType<typeof wired>) => void, Awaited<Ivr["closed"]>][] = [
     ["the caller", ({ say, end }) => (say("H,1"), end()), { by: "caller" }],
     ["our hangup", ({ session, say, end }) => (session.hangup(), say("H,1"), end()), { by: "hangup" }],
     ["the caller, before our exit", ({ session, say, end }) => (session.exit(), say("H,1"), end()), { by: "caller" }],
@@ -832,28 +834,61 @@ test("session: how a call ends", async () => {
     assert.deepEqual(await session.closed, ending, name);
     for (const promise of pending) await assert.rejects(promise, code("ended"), name);
     assert.deepEqual(await Promise.all(prompts), ["ended", "ended"]);
-    assert.deepEqual(await gathered, { digits: "", reason: "hangup" });
-    assert.ok(signal.aborted);
-    await assert.rejects(session.set({ A: "1" }), code("ended"));
-    assert.equal(await session.queue("a"), "ended");
-    assert.deepEqual(await session.gather(), { digits: "", reason: "hangup" });
+    assert.deepEqual(await gathered, { digits: "", reason: "hangup", outcomes: [] });
+    assert.ok(signal.aborted && code("ended")(signal.reason));
+    for (const late of AFTERWARDS) await assert.rejects(late(session), code("ended"));
     await Promise.all([session.hangup(), session.exit(), session.close(), session.close()]);
     for await (const event of session) assert.ok(event);
   }
 });
 
-test("session: a stream that fails ends the call with its error, after the events before it", async () => {
+/** Everything that can be asked for when a call is over. */
+const AFTERWARDS: ((ivr: Ivr) => Promise<unknown>)[] = [
+  (ivr) => ivr.play("a"),
+  (ivr) => ivr.queue("a"),
+  (ivr) => ivr.gather(),
+  (ivr) => ivr.gather({ prompt: "a", signal: AbortSignal.abort() }),
+  (ivr) => ivr.set({ A: "1" }),
+  (ivr) => ivr.get("A"),
+  (ivr) => ivr.params(),
+  (ivr) => ivr.log("a"),
+  (ivr) => ivr.sendDtmf("1"),
+  (ivr) => ivr.interrupt(),
+  (ivr) => ivr.answer(),
+  (ivr) => ivr.autoclear(true),
+  (ivr) => ivr.send({ type: "play", file: "a" }),
+];
+
+test("session: a call that goes on trying when it is over stops nobody else", async () => {
+  const stubborn = [...AFTERWARDS, (ivr: Ivr) => ivr.hangup(), (ivr: Ivr) => ivr.exit(), (ivr: Ivr) => ivr.play("")];
+  for (const again of stubborn) {
+    const host = wired();
+    host.say("H,1");
+    host.end();
+    await host.session.closed;
+    let turns = 0;
+    const others = (async () => {
+      for (; turns < 10; turns++) await new Promise((resolve) => setTimeout(resolve));
+    })();
+    while (turns < 10) await again(host.session).catch(() => {});
+    await others;
+    await host.session.close();
+  }
+  // Nor one that asks with a signal that was aborted before
+  await using host = wired();
+  let turned = false;
+  setTimeout(() => turned = true);
+  while (!turned) await host.session.gather({ signal: AbortSignal.abort() });
+});
+
+test("session: a stream that breaks is the end of a call, after the events before it, and loops just end", async () => {
   const reset = new Error("reset");
   await using host = wired();
   const pending = host.session.set({ A: "1" });
   host.say("1,1");
   setTimeout(() => host.writer.abort(reset));
-  const seen: IvrEvent[] = [];
-  await assert.rejects(async () => {
-    for await (const event of host.session) seen.push(event);
-  }, reset);
-  assert.equal(seen.length, 1);
-  assert.deepEqual(await host.session.closed, { by: "error", error: reset });
+  assert.equal((await all(host.session)).length, 1);
+  assert.deepEqual(await host.session.closed, { by: "disconnect", error: reset });
   await assert.rejects(pending, (error) => code("ended")(error) && (error as Error).cause === reset);
 });
 
@@ -861,7 +896,7 @@ test("session: H that arrives with a reset of the commands is still the caller's
   let fail = (_: Error): void => {};
   const events = new TransformStream<Uint8Array, Uint8Array>();
   const writer = events.writable.getWriter();
-  const session = new Session({
+  const session = new Ivr({
     readable: events.readable,
     writable: new WritableStream({ start: (controller) => void (fail = (error) => controller.error(error)) }),
   });
@@ -873,28 +908,74 @@ test("session: H that arrives with a reset of the commands is still the caller's
   await session.close();
 });
 
-test("session: more events than maxQueue fail it, once the iterator has had them; a line too long does as well", async () => {
+test("session: what waits is bounded in characters, events and the unfinished line, and overflow comes after them", async () => {
+  const texts = [
+    "1,1\n".repeat(13),
+    "1,1\n".repeat(11) + "x".repeat(9),
+    "x".repeat(60),
+    "1,1\n".repeat(5) + "x".repeat(55) + "\n",
+  ];
+  for (const text of texts) {
+    for (const pieces of [1, 7, 1000]) {
+      await using host = wired({ maxBuffer: 50 });
+      for (let at = 0; at < text.length; at += pieces) {
+        host.writer.write(utf8(text.slice(at, at + pieces))).catch(() => {});
+      }
+      const ending = await host.session.closed;
+      assert.equal(ending.by, "error");
+      assert.ok(code("overflow")(ending.error));
+      let seen = 0;
+      await assert.rejects(async () => {
+        for await (const event of host.session) seen += event.type === "dtmf" ? 1 : 0;
+      }, code("overflow"));
+      assert.ok(seen <= text.split("\n").length - 1 && seen >= Math.min(12, text.split("1,1").length - 1), `${seen}`);
+    }
+  }
   for (
-    const [reason, text] of [["overflow", "1,1\n".repeat(12)], [
-      "too-long",
-      "1,1\n".repeat(11) + "x".repeat(200),
-    ]] as const
+    const options of [{ maxBuffer: 0 }, { maxBuffer: NaN }, { keepAlive: 0 }, { keepAlive: -5 }, { keepAlive: "5" }]
   ) {
-    await using host = wired({ maxQueue: 11, maxLine: 100 });
-    host.writer.write(utf8(text)).catch(() => {});
-    const ending = await host.session.closed;
-    assert.equal(ending.by, "error");
-    assert.ok(code(reason)(ending.error));
-    let seen = 0;
-    await assert.rejects(async () => {
-      for await (const _ of host.session) seen++;
-    }, code(reason));
-    assert.equal(seen, text.split("\n").length - 1);
+    const streams = { readable: streamOf(), writable: new WritableStream() };
+    assert.throws(() => new Ivr(streams, options as SessionOptions), refuses(Object.keys(options)[0]!, "read"));
+    assert.ok(!streams.readable.locked && !streams.writable.locked);
+  }
+});
+
+test("session: a constructor that finds a stream locked keeps no lock of the other", () => {
+  for (const locked of ["readable", "writable"] as const) {
+    const streams = { readable: streamOf(), writable: new WritableStream() };
+    if (locked === "readable") streams.readable.getReader();
+    else streams.writable.getWriter();
+    assert.throws(() => new Ivr(streams), TypeError);
+    assert.equal(streams.readable.locked, locked === "readable");
+    assert.equal(streams.writable.locked, locked === "writable");
+  }
+});
+
+test("session: outcomes of one's own prompts never overflow a call that does not iterate, or left its loop", async () => {
+  for (const looped of [false, true]) {
+    await using host = wired({ maxBuffer: 500 });
+    const { session } = host;
+    if (looped) {
+      host.say("1,1");
+      for await (const _ of session) break;
+    }
+    (async () => {
+      for (let line, file = ""; (line = await host.hears()) !== "(end)";) {
+        if (line.startsWith("A,")) file = line.slice(2);
+        else if (file === "nosuch") host.say("Z,1,nosuch", `G,1,${line.slice(2)}=`);
+        else host.say(`G,1,${line.slice(2)}=`, `F,1,${file}`);
+      }
+    })();
+    for (let i = 0; i < 200; i++) {
+      assert.equal(await session.queue(i % 3 ? "beep" : "nosuch"), i % 3 ? "finished" : "missing");
+      if (i === 100) host.say("5,1"); // what no promise told is kept
+    }
+    assert.deepEqual(await session.gather({ maxDigits: 1 }), { digits: "5", reason: "maxDigits", outcomes: [] });
   }
 });
 
 test("session: a consumer that keeps up never overflows, however fast the bytes come", async () => {
-  const host = wired({ maxQueue: 10 });
+  const host = wired({ maxBuffer: 100 });
   const text = "1,1795372496\nF,1795372496,beep\n".repeat(50_000);
   host.writer.write(utf8(text)).catch(() => {});
   host.end();
@@ -905,43 +986,30 @@ test("session: a consumer that keeps up never overflows, however fast the bytes 
   await host.session.close();
 });
 
-test("session: Latin-1 carries every byte both ways", async () => {
-  const bytes = Uint8Array.from({ length: 255 }, (_, i) => i + 1).filter((byte) => ![10, 13, 44].includes(byte));
-  const text = String.fromCharCode(...bytes) + "!";
-  let sent: Uint8Array = new Uint8Array();
-  const session = new Session({
-    readable: streamOf(utf8("G,1,X="), bytes, utf8("!\n")),
-    writable: new WritableStream({ write: (chunk) => void (sent = Uint8Array.of(...sent, ...chunk)) }),
-  }, { encoding: "latin1" });
-  session.set({ X: text });
-  const got = session.get("X");
-  await session.close();
-  assert.ok(String.fromCharCode(...sent).startsWith(`V,X=${text}\nG,`));
-  await assert.rejects(session.set({ X: "€" }), code("invalid"));
-  await assert.rejects(got, code("ended"));
-});
-
-test("session: log takes any text, in lines that fit", () =>
+test("session: log, hangup and exit take any text: log in lines that fit, the others what fits on one", () =>
   forAll(60, async (random) => {
-    for (const encoding of ["utf-8", "latin1"] as const) {
-      const session = new Session(
-        { readable: new ReadableStream(), writable: new WritableStream({ write: (chunk) => void chunks.push(chunk) }) },
-        { encoding },
-      );
+    for (const end of ["hangup", "exit"] as const) {
       const chunks: Uint8Array[] = [];
+      const ivr = new Ivr({
+        readable: new ReadableStream(),
+        writable: new WritableStream({ write: (chunk) => void chunks.push(chunk) }),
+      });
       const text = random.text([...AWKWARD, "x".repeat(900), "é€𝄞".repeat(200)], 6);
-      session.log(text);
-      await session.close();
-      const decoder = new TextDecoder(encoding);
-      const said = chunks.map((chunk) => decoder.decode(chunk)).join("").split("\n").filter((line) =>
-        !/^G,|^$/.test(line)
-      );
-      for (const line of said) {
-        assert.match(line, /^L,.*[^ ]$/);
-        assert.ok((encoding === "utf-8" ? utf8(line) : line).length <= 1022);
-      }
+      ivr.log(text);
+      ivr[end](text);
+      await ivr.close();
+      const said = new TextDecoder().decode(Uint8Array.from(chunks.flatMap((chunk) => [...chunk]))).split("\n");
       const letters = (text: string) => text.replace(/[\s\p{Cc}]+/gu, "").replace(/\p{Surrogate}/gu, "?");
-      if (encoding === "utf-8") assert.equal(letters(said.map((line) => line.slice(2)).join("")), letters(text));
+      const logged = said.filter((line) => line.startsWith("L,"));
+      const [last, ...more] = said.filter((line) => /^[HE],/.test(line));
+      for (const line of [...logged, last!]) {
+        assert.match(line, /^.,.*[^ ]$/);
+        assert.ok(utf8(line).length <= 1022);
+      }
+      assert.equal(letters(logged.map((line) => line.slice(2)).join("")), letters(text));
+      assert.deepEqual(more, []);
+      if (letters(text)) assert.ok(letters(text).startsWith(letters(last!.slice(2))), last);
+      else assert.equal(last!.slice(2), end);
     }
   }));
 
@@ -955,7 +1023,7 @@ test("session: what stands behind the last newline answers nothing, since it may
     host.end();
     await assert.rejects(got, code("ended"));
     assert.equal(await played, "ended");
-    assert.deepEqual(await gathered, { digits: "", reason: "hangup" });
+    assert.deepEqual(await gathered, { digits: "", reason: "hangup", outcomes: [] });
     assert.deepEqual(await all(host.session), [parseEvent(rest)]);
   }
 });
@@ -988,15 +1056,15 @@ test("session: a forged reply answers no question that was not asked for", async
 });
 
 test("session: a wait that nobody looks at is no unhandled rejection", async () => {
-  const host = wired();
+  const host = wired({ maxBuffer: 50 });
   host.session[Symbol.asyncIterator]().next();
-  host.writer.abort(new Error("reset")).catch(() => {});
+  host.writer.write(utf8("x".repeat(100))).catch(() => {});
   assert.equal((await host.session.closed).by, "error");
   await host.session.close();
 });
 
 test("session: a consumer that takes an event a turn keeps up as well", async () => {
-  const host = wired({ maxQueue: 20 });
+  const host = wired({ maxBuffer: 120 });
   host.writer.write(utf8("F,1,x\n".repeat(300))).catch(() => {});
   host.end();
   let seen = 0;
@@ -1010,8 +1078,14 @@ test("session: a consumer that takes an event a turn keeps up as well", async ()
 
 test("session: close ends in time, whatever the streams do", async () => {
   const call = dialStreams(async () => {
-    const session = new Session({
-      readable: { getReader: () => ({ read: () => new Promise(() => {}), cancel: () => new Promise(() => {}) }) },
+    const session = new Ivr({
+      readable: {
+        getReader: () => ({
+          read: () => new Promise(() => {}),
+          cancel: () => new Promise(() => {}),
+          releaseLock: () => {},
+        }),
+      },
       writable: {
         getWriter: () => ({
           write: () => new Promise(() => {}),
@@ -1039,7 +1113,7 @@ test("session: a peer that says H or E and does not end the stream is left after
         },
         cancel: () => clearInterval(again),
       });
-      const session = new Session({ readable, writable: new WritableStream() });
+      const session = new Ivr({ readable, writable: new WritableStream() });
       const pending = session.set({ A: "1" });
       if (by === "exit") await session.exit();
       assert.deepEqual(await session.closed, { by });
@@ -1057,7 +1131,7 @@ test("session: a peer that says H and goes on talking is left after the same sec
   const call = dialStreams(async () => {
     let talk!: ReadableStreamDefaultController<Uint8Array>;
     const readable = new ReadableStream<Uint8Array>({ start: (controller) => void (talk = controller) });
-    const session = new Session({ readable, writable: new WritableStream() });
+    const session = new Ivr({ readable, writable: new WritableStream() });
     talk.enqueue(utf8("H,1\n"));
     const talking = setInterval(() => talk.enqueue(utf8("1,1\n")), 300);
     const events = all(session);
@@ -1071,9 +1145,128 @@ test("session: a peer that says H and goes on talking is left after the same sec
   await call.over();
 });
 
+test("keepAlive: a question goes out in a silence, and another silence ends the call", async () => {
+  for (const answers of [0, 3]) {
+    const asked: number[] = [];
+    const call = dialStreams(async () => {
+      const began = call.host.at;
+      let left = answers;
+      let tell!: ReadableStreamDefaultController<Uint8Array>;
+      const ivr = new Ivr({
+        readable: new ReadableStream({ start: (controller) => void (tell = controller) }),
+        writable: new WritableStream({
+          write(chunk) {
+            const [, name] = /^G,(.+)$/m.exec(new TextDecoder().decode(chunk)) ?? [];
+            if (!name) return;
+            asked.push(Math.round(call.host.at - began));
+            if (left-- > 0) tell.enqueue(utf8(`G,1,${name}=\n`));
+          },
+        }),
+      }, { keepAlive: 10_000 });
+      assert.deepEqual(await ivr.closed, { by: "disconnect" });
+      assert.equal(Math.round(call.host.at - began), 10 * (answers + 2));
+      assert.deepEqual(await all(ivr), []); // what it asked is nobody's
+      await ivr.close();
+      call.host.hangUp();
+    });
+    await call.over();
+    assert.deepEqual(asked, [10, 20, 30, 40].slice(0, answers + 1));
+    assert.equal(call.clock.pending, 0);
+  }
+});
+
+test("keepAlive: whoever speaks is not asked, and whoever answers lives", async () => {
+  const call = dialStreams(async (streams) => {
+    const { by } = await answer(streams, async (ivr) => {
+      assert.equal(await ivr.play("hour"), "finished");
+      await ivr.exit();
+    }, { keepAlive: 20_000 });
+    assert.equal(by, "exit");
+  }, { sounds: { hour: 3600 } });
+  const keys: CallerAction[] = Array.from({ length: 60 }, (_, i) => [i * 15, "press", "1"]);
+  call.plan(keys);
+  await call.wait(3550);
+  await call.over();
+  const questions = call.notes.filter(({ kind, text }) => kind === "command" && text === "G,EIVR_ALIVE");
+  assert.ok(questions.every(({ at }) => at > 59 * 15), "not while keys come");
+  assert.equal(questions.length, Math.floor((3600 - 59 * 15) / 20));
+});
+
+/** Why a handler stops, what the call does before, and what becomes of it: the ending, or what is thrown. */
+const broken = new Error("no such account");
+const HANDLERS: [string, (ivr: Ivr) => Promise<unknown>, string[], unknown][] = [
+  ["it exits", (ivr) => ivr.exit(), ["E,1"], { by: "exit" }],
+  ["it returns", (ivr) => ivr.get("A"), ["G,1,A="], { by: "disconnect" }],
+  ["a command is overtaken by the hangup", (ivr) => ivr.set({ A: "1" }), ["H,1"], { by: "caller" }],
+  ["it asks when all is over", (ivr) => ivr.closed.then(() => ivr.play("a")), ["H,1"], { by: "caller" }],
+  [
+    "it loops for ever",
+    async (ivr) => {
+      for (;;) await ivr.play("moh");
+    },
+    ["H,1"],
+    { by: "caller" },
+  ],
+  ["it iterates", (ivr) => all(ivr), ["1,1", "H,1"], { by: "caller" }],
+  ["it waits with the signal", (ivr) => aborted(ivr.signal), ["H,1"], { by: "caller" }],
+  [
+    "what it waits with has its own error",
+    (ivr) =>
+      aborted(ivr.signal).catch((cause) => {
+        throw new DOMException("The operation was aborted", { name: "AbortError", cause } as never);
+      }),
+    ["H,1"],
+    { by: "caller" },
+  ],
+  ["it throws", () => Promise.reject(broken), [], broken],
+  ["it throws after the hangup", (ivr) => ivr.closed.then(() => Promise.reject(broken)), ["H,1"], broken],
+  ["it throws nothing", () => Promise.reject(undefined), [], undefined],
+  ["another call's end is an error of this one", () => Promise.reject(new IvrError("ended", "not here")), [], "ended"],
+  ["a value is wrong", (ivr) => ivr.play(""), [], "invalid"],
+  ["Asterisk refuses", (ivr) => ivr.answer(), ["Z,1,ANSWER_FAILURE"], "refused"],
+  ["too much waits", (ivr) => ivr.closed, ["x".repeat(200)], "overflow"],
+  ["too much waits, and it iterates", (ivr) => all(ivr), ["x".repeat(200)], "overflow"],
+];
+
+/** What `fetch` does with a signal. */
+const aborted = (signal: AbortSignal) =>
+  new Promise((_, reject) => signal.addEventListener("abort", () => reject(signal.reason)));
+
+test("answer: holds a call to its end, whatever the handler does", async () => {
+  for (const [name, handler, says, expected] of HANDLERS) {
+    const closed: string[] = [];
+    let tell!: ReadableStreamDefaultController<Uint8Array>;
+    const streams = {
+      readable: new ReadableStream<Uint8Array>({
+        start: (controller) => void (tell = controller),
+        cancel: () => void closed.push("readable"),
+      }),
+      writable: new WritableStream<Uint8Array>({
+        close: () => void closed.push("writable"),
+        abort: () => void closed.push("writable"),
+      }),
+    };
+    const call = answer(streams, (ivr) => handler(ivr) as Promise<void>, { maxBuffer: 100 });
+    for (const line of says) tell.enqueue(utf8(line + "\n"));
+    if (/^[HE],/.test(says.at(-1) ?? "")) tell.close(), closed.push("readable");
+    const result = await call.catch((error) => ({ error }));
+    if (typeof expected === "string") {
+      assert.ok(code(expected as IvrErrorCode)((result as { error: unknown }).error), name);
+    } else {assert.deepEqual(
+        result,
+        expected === broken || expected === undefined ? { error: expected } : expected,
+        name,
+      );}
+    assert.deepEqual(closed.sort(), ["readable", "writable"], name);
+  }
+  const streams = { readable: streamOf(), writable: new WritableStream() };
+  streams.writable.getWriter();
+  await assert.rejects(answer(streams, () => assert.fail()), TypeError);
+});
+
 test("gather: the hangup comes before the signal that tells of it, keys before an abort, and an end before a key", async () => {
   const hungUp = dial(async (ivr) => {
-    assert.deepEqual(await ivr.gather({ signal: ivr.signal }), { digits: "1", reason: "hangup" });
+    assert.deepEqual(await ivr.gather({ signal: ivr.signal }), { digits: "1", reason: "hangup", outcomes: [] });
   });
   hungUp.plan([[0.1, "press", "1"], [1, "hangup"]]);
   await hungUp.over();
@@ -1084,6 +1277,7 @@ test("gather: the hangup comes before the signal that tells of it, keys before a
     assert.deepEqual(await ivr.gather({ prompt: "long", bargeIn: false, signal: stop.signal }), {
       digits: "12",
       reason: "aborted",
+      outcomes: ["interrupted"],
     });
     await ivr.exit();
   }, { sounds: SOUNDS });
@@ -1095,7 +1289,7 @@ test("gather: the hangup comes before the signal that tells of it, keys before a
   assert.equal(await host.hears(), "A,a");
   const ack = (await host.hears()).replace("G,", "G,1,") + "=";
   host.say(ack, "F,1,a", "7,1");
-  assert.deepEqual(await gathered, { digits: "7", reason: "maxDigits" });
+  assert.deepEqual(await gathered, { digits: "7", reason: "maxDigits", outcomes: ["finished"] });
   host.session.log("next");
   assert.equal(await host.hears(), "L,next"); // and no interrupt for a prompt that was over
 });
@@ -1112,29 +1306,33 @@ test("gather: a prompt that nobody could open is over with the next command that
     await host.hears();
     await acknowledge();
     if (clear === "interrupt") await cleared;
-    assert.deepEqual(await gathered, { digits: "1", reason: "maxDigits" });
+    assert.deepEqual(await gathered, { digits: "1", reason: "maxDigits", outcomes: ["skipped"] });
   }
 });
 
-test("gather: keys that it leaves reach the iterator before the event that ended it", async () => {
+test("gather: keys that it leaves reach the iterator, in order", async () => {
   await using host = wired();
   const gathered = host.session.gather({ prompt: "a", bargeIn: false, maxDigits: 1 });
   const events = host.session[Symbol.asyncIterator]();
   const seen = [events.next(), events.next(), events.next()];
   host.say("1,1", "2,1", "3,1", "F,1,a");
-  assert.deepEqual(await gathered, { digits: "1", reason: "maxDigits" });
+  assert.deepEqual(await gathered, { digits: "1", reason: "maxDigits", outcomes: ["finished"] });
   const types = (await Promise.all(seen)).map(({ value }) => value?.type === "dtmf" ? value.digit : value?.type);
-  assert.deepEqual(types, ["2", "3", "finished"]);
+  assert.deepEqual(types, ["finished", "2", "3"]);
 });
 
 test("gather: one that was aborted before it began, or that could not begin, leaves the keys to the next", async () => {
   await using host = wired();
   host.say("1,1", "2,1");
-  assert.deepEqual(await host.session.gather({ signal: AbortSignal.abort() }), { digits: "", reason: "aborted" });
+  assert.deepEqual(await host.session.gather({ signal: AbortSignal.abort() }), {
+    digits: "",
+    reason: "aborted",
+    outcomes: [],
+  });
   for (const options of [{ signal: {} as AbortSignal }, { timeout: "5" as unknown as number }]) {
     await assert.rejects(host.session.gather(options));
   }
-  assert.deepEqual(await host.session.gather({ maxDigits: 2 }), { digits: "12", reason: "maxDigits" });
+  assert.deepEqual(await host.session.gather({ maxDigits: 2 }), { digits: "12", reason: "maxDigits", outcomes: [] });
 });
 
 // ---------------------------------------------------------------------------------------------------------
@@ -1145,7 +1343,7 @@ const SOUNDS = { short: 0.5, medium: 2, long: 5, beep: 0.2 };
 
 /** Runs a handler to its end, and gives what it returned. */
 async function inCall<T>(
-  handler: (ivr: Session, call: Call) => Promise<T>,
+  handler: (ivr: Ivr, call: Call) => Promise<T>,
   options: Parameters<typeof dial>[1] = {},
 ): Promise<T> {
   let result: { value: T } | undefined;
@@ -1229,7 +1427,7 @@ test("timers: none runs while nothing is awaited", async () => {
 test("wake-ups: ever more slowly, and no faster than one a second", async () => {
   const times: number[] = [];
   const call = dialStreams(async (streams) => {
-    const ivr = new Session(streams);
+    const ivr = new Ivr(streams);
     ivr.send({ type: "unknown", line: "half a line that is never finished" });
     await new Promise((resolve) => setTimeout(resolve, 10_000));
     await ivr.close();
@@ -1282,7 +1480,11 @@ test("outcomes: refused while the channel is not answered, until it is", async (
     await assert.rejects(ivr.send({ type: "play", file: "short" }), code("refused"));
     await ivr.set({ A: "1" });
     assert.deepEqual(await ivr.get("A", "B"), { A: "1", B: "" });
-    assert.deepEqual(await ivr.gather({ prompt: "short", timeout: 100 }), { digits: "", reason: "timeout" });
+    assert.deepEqual(await ivr.gather({ prompt: "short", timeout: 100 }), {
+      digits: "",
+      reason: "timeout",
+      outcomes: ["refused"],
+    });
     await ivr.answer();
     assert.equal(await ivr.play("short"), "finished");
     await ivr.answer();
@@ -1321,69 +1523,103 @@ test("both styles: what settles a promise on its way reaches the iterator as wel
 
 /** What is gathered: the options, what the caller does (seconds from the call's begin), and what comes of it when. */
 const GATHERS: [string, GatherOptions, CallerAction[], Gathered, number][] = [
-  ["nothing", {}, [], { digits: "", reason: "timeout" }, 5],
-  ["time to the first key", { timeout: 2000 }, [[1.7, "press", "1"]], { digits: "1", reason: "timeout" }, 3.9],
-  ["time between keys", { interDigitTimeout: 1000 }, [[0.8, "press", "12"]], { digits: "12", reason: "timeout" }, 2.25],
-  ["so many digits", { maxDigits: 3 }, [[0.8, "press", "1234"]], { digits: "123", reason: "maxDigits" }, 1.5],
-  ["a terminator", {}, [[0.8, "press", "12#"]], { digits: "12", reason: "terminator", terminator: "#" }, 1.5],
-  ["a terminator alone", {}, [[0.8, "press", "#"]], { digits: "", reason: "terminator", terminator: "#" }, 1],
+  ["nothing", {}, [], { digits: "", reason: "timeout", outcomes: [] }, 5],
+  [
+    "time to the first key",
+    { timeout: 2000 },
+    [[1.7, "press", "1"]],
+    { digits: "1", reason: "timeout", outcomes: [] },
+    3.9,
+  ],
+  ["time between keys", { interDigitTimeout: 1000 }, [[0.8, "press", "12"]], {
+    digits: "12",
+    reason: "timeout",
+    outcomes: [],
+  }, 2.25],
+  [
+    "so many digits",
+    { maxDigits: 3 },
+    [[0.8, "press", "1234"]],
+    { digits: "123", reason: "maxDigits", outcomes: [] },
+    1.5,
+  ],
+  [
+    "a terminator",
+    {},
+    [[0.8, "press", "12#"]],
+    { digits: "12", reason: "terminator", terminator: "#", outcomes: [] },
+    1.5,
+  ],
+  [
+    "a terminator alone",
+    {},
+    [[0.8, "press", "#"]],
+    { digits: "", reason: "terminator", terminator: "#", outcomes: [] },
+    1,
+  ],
   ["other terminators", { terminators: "*D" }, [[0.8, "press", "1#D"]], {
     digits: "1#",
     reason: "terminator",
     terminator: "D",
+    outcomes: [],
   }, 1.5],
   [
     "no terminator",
     { terminators: "", maxDigits: 2 },
     [[0.8, "press", "#*"]],
-    { digits: "#*", reason: "maxDigits" },
+    { digits: "#*", reason: "maxDigits", outcomes: [] },
     1.25,
   ],
-  ["the hangup", {}, [[0.8, "press", "1"], [1.5, "hangup"]], { digits: "1", reason: "hangup" }, 1.5],
+  ["the hangup", {}, [[0.8, "press", "1"], [1.5, "hangup"]], { digits: "1", reason: "hangup", outcomes: [] }, 1.5],
   ["the clock starts behind the prompts", { prompt: ["medium", "short"], timeout: 1000 }, [], {
     digits: "",
     reason: "timeout",
+    outcomes: ["finished", "finished"],
   }, 3.5],
   ["barge-in", { prompt: ["medium", "long"], maxDigits: 1 }, [[0.8, "press", "7"]], {
     digits: "7",
     reason: "maxDigits",
+    outcomes: ["interrupted", "dropped"],
   }, 1],
   ["barge-in, and time between keys", { prompt: "long", timeout: 700 }, [[0.8, "press", "7"]], {
     digits: "7",
     reason: "timeout",
+    outcomes: ["interrupted"],
   }, 1.7],
   ["barge-in with a terminator", { prompt: "long" }, [[0.8, "press", "#"]], {
     digits: "",
     reason: "terminator",
     terminator: "#",
+    outcomes: ["interrupted"],
   }, 1],
   [
     "no barge-in: keys wait for the end of the prompts",
     { prompt: "medium", bargeIn: false, maxDigits: 2 },
     [[0.3, "press", "123"]],
-    { digits: "12", reason: "maxDigits" },
+    { digits: "12", reason: "maxDigits", outcomes: ["finished"] },
     2,
   ],
   ["no barge-in: time runs from there", { prompt: "medium", bargeIn: false, timeout: 1000 }, [[0.3, "press", "1"]], {
     digits: "1",
     reason: "timeout",
+    outcomes: ["finished"],
   }, 3],
   [
     "no barge-in: a hangup gives the keys all the same",
     { prompt: "long", bargeIn: false },
     [[0.3, "press", "12"], [2, "hangup"]],
-    { digits: "12", reason: "hangup" },
+    { digits: "12", reason: "hangup", outcomes: ["ended"] },
     2,
   ],
   [
     "a prompt that does not exist is over",
     { prompt: "nosuch", timeout: 1000 },
     [],
-    { digits: "", reason: "timeout" },
+    { digits: "", reason: "timeout", outcomes: ["missing"] },
     1,
   ],
-  ["no time at all", { timeout: 0 }, [], { digits: "", reason: "timeout" }, 0],
-  ["all the time", { timeout: Infinity }, [[3000, "hangup"]], { digits: "", reason: "hangup" }, 3000],
+  ["no time at all", { timeout: 0 }, [], { digits: "", reason: "timeout", outcomes: [] }, 0],
+  ["all the time", { timeout: Infinity }, [[3000, "hangup"]], { digits: "", reason: "hangup", outcomes: [] }, 3000],
 ];
 
 test("gather: options, keys and times", async () => {
@@ -1402,8 +1638,17 @@ test("gather: options, keys and times", async () => {
 test("gather: keys pressed early are taken, skip the prompts, and past the end stay", async () => {
   const call = dial(async (ivr) => {
     await ivr.play("medium");
-    assert.deepEqual(await ivr.gather({ prompt: "long", maxDigits: 2 }), { digits: "12", reason: "maxDigits" });
-    assert.deepEqual(await ivr.gather({ prompt: "long" }), { digits: "3", reason: "terminator", terminator: "#" });
+    assert.deepEqual(await ivr.gather({ prompt: "long", maxDigits: 2 }), {
+      digits: "12",
+      reason: "maxDigits",
+      outcomes: [],
+    });
+    assert.deepEqual(await ivr.gather({ prompt: "long" }), {
+      digits: "3",
+      reason: "terminator",
+      terminator: "#",
+      outcomes: [],
+    });
     const iterator = ivr[Symbol.asyncIterator]();
     assert.deepEqual((await iterator.next()).value, { type: "dtmf", timestamp, digit: "4" });
     assert.equal((await iterator.next()).value!.type, "finished");
@@ -1414,12 +1659,28 @@ test("gather: keys pressed early are taken, skip the prompts, and past the end s
   assert.deepEqual(call.heard, ["medium"]);
 });
 
+test("gather: a last prompt that nobody could open stops the clock no longer than promptTimeout", async () => {
+  for (const [promptTimeout, at] of [[undefined, 305], [20_000, 25]] as const) {
+    const call = dial(async (ivr) => {
+      assert.deepEqual(await ivr.gather({ prompt: ["short", "broken"], promptTimeout }), {
+        digits: "",
+        reason: "timeout",
+        outcomes: ["finished", "skipped"],
+      });
+      assert.equal(Math.round(call.host.at), at);
+      await ivr.exit();
+    }, { sounds: SOUNDS, unreadable: ["broken"] });
+    await call.over();
+  }
+});
+
 test("gather: flush throws early keys away, and plays", async () => {
   const call = dial(async (ivr) => {
     await ivr.play("short");
     assert.deepEqual(await ivr.gather({ prompt: "short", flush: true, timeout: 1000 }), {
       digits: "",
       reason: "timeout",
+      outcomes: ["finished"],
     });
     await ivr.exit();
   }, { sounds: SOUNDS });
@@ -1447,9 +1708,17 @@ test("gather: ends when its signal aborts, with the prompts, and only one at a t
     await assert.rejects(ivr.gather(), code("invalid"));
     await new Promise((resolve) => setTimeout(resolve, 100));
     stop.abort();
-    assert.deepEqual(await gathered, { digits: "", reason: "aborted" });
-    assert.deepEqual(await ivr.gather({ prompt: "long", signal: stop.signal }), { digits: "", reason: "aborted" });
-    assert.deepEqual(await ivr.gather({ signal: AbortSignal.any([]), timeout: 50 }), { digits: "", reason: "timeout" });
+    assert.deepEqual(await gathered, { digits: "", reason: "aborted", outcomes: ["interrupted"] });
+    assert.deepEqual(await ivr.gather({ prompt: "long", signal: stop.signal }), {
+      digits: "",
+      reason: "aborted",
+      outcomes: [],
+    });
+    assert.deepEqual(await ivr.gather({ signal: AbortSignal.any([]), timeout: 50 }), {
+      digits: "",
+      reason: "timeout",
+      outcomes: [],
+    });
     assert.equal(call.host.playing, undefined);
     await ivr.exit();
   }, { sounds: SOUNDS });
@@ -1461,9 +1730,9 @@ test("gather: with the option i a hangup ends it, and the call goes on until we 
   for (const end of ["hangup", "exit"] as const) {
     const call = dial(async (ivr) => {
       const prompt = ivr.queue("long");
-      assert.deepEqual(await ivr.gather(), { digits: "1", reason: "hangup" });
+      assert.deepEqual(await ivr.gather(), { digits: "1", reason: "hangup", outcomes: [] });
       assert.ok(ivr.signal.aborted);
-      assert.deepEqual(await ivr.gather({ prompt: "short" }), { digits: "", reason: "hangup" });
+      await assert.rejects(ivr.gather({ prompt: "short" }), code("ended"));
       assert.equal(await ivr.play("short"), "refused");
       await ivr.set({ STILL: "here" });
       await ivr[end]();
@@ -1525,7 +1794,7 @@ test("get: globals behind variables, no functions, and nothing longer than the r
 test("close: what was sent before still goes out, and a peer that does not read holds nobody up", async () => {
   for (const readDelay of [0, 0.3]) {
     const call = dialStreams(async (streams) => {
-      const ivr = new Session(streams);
+      const ivr = new Ivr(streams);
       for (let i = 0; i < 5; i++) ivr.set({ [`V${i}`]: "1" });
       await ivr.close();
     }, { faults: { readDelay } });
@@ -1533,7 +1802,7 @@ test("close: what was sent before still goes out, and a peer that does not read 
     assert.equal(Object.keys(call.variables).length, 5);
   }
   const call = dialStreams(async (streams) => {
-    const ivr = new Session(streams);
+    const ivr = new Ivr(streams);
     const pending = ivr.set({ A: "1" });
     await new Promise((resolve) => setTimeout(resolve, 5000));
     await ivr.close();
@@ -1551,7 +1820,7 @@ test("faults: a connection that is reset or ends at every byte, in chunks of any
     const reset = at % 2 === 0;
     const byte = at++ >> 1;
     const call = dialStreams(async (streams) => {
-      const ivr = new Session(streams);
+      const ivr = new Ivr(streams);
       const events = all(ivr).catch((error) => error);
       const pending = [
         ivr.play("long"),
@@ -1565,7 +1834,7 @@ test("faults: a connection that is reset or ends at every byte, in chunks of any
       const { by } = await ivr.closed;
       await events;
       await ivr.close();
-      assert.ok(["exit", "caller", reset ? "error" : "disconnect"].includes(by), by);
+      assert.ok(["exit", "caller", "disconnect"].includes(by), by);
     }, {
       sounds: SOUNDS,
       faults: { chunk: () => 1 + random.below(9), ...reset ? { resetAfter: byte } : { endAfter: byte } },
@@ -1962,7 +2231,7 @@ for (const recorded of RECORDINGS) {
 }
 
 test("recording: a call is recorded as recordings are, and comes back the same", async () => {
-  const handlers: [(ivr: Session) => Promise<void>, Parameters<typeof dial>[1], CallerAction[]][] = [
+  const handlers: [(ivr: Ivr) => Promise<void>, Parameters<typeof dial>[1], CallerAction[]][] = [
     [menu, { sounds: { "agent-user": 3 }, args: ["support"], options: "i" }, [[1, "press", "1234#"], [3, "hangup"]]],
     // Texts beyond ASCII, prompts that never began, a version that says less
     [
@@ -2008,7 +2277,7 @@ test("a caller with an account chooses the support", async () => {
 });
 
 test("a caller who hangs up", async () => {
-  const call = dial((ivr) => menu(ivr).catch(() => {}), { variables: { CITY: "Brno" } });
+  const call = dial(menu, { variables: { CITY: "Brno" } });
   await call.hears("agent-user");
   await call.wait(2);
   await call.hangUp();
@@ -2063,7 +2332,7 @@ test("menu: a hundred random conversations each end as their caller ended them",
     let ending: unknown;
     const call = dial(async (ivr) => {
       ivr.closed.then((closed) => ending = closed);
-      await menu(ivr).catch((error) => assert.ok(code("ended")(error)));
+      await menu(ivr);
     }, {
       options,
       sounds: (file) => file === "digits/2" ? undefined : 0.3 + file.length / 5,
@@ -2236,7 +2505,7 @@ test("stand-in: any bytes, in any chunks, and the call still ends", () =>
   forAll(200, async (random) => {
     const call = dialStreams(async ({ readable, writable }) => {
       const writer = writable.getWriter();
-      const got = all(lines(readable, { encoding: "latin1" }));
+      const got = all(lines(readable));
       for (let i = 0; i < 20; i++) {
         const bytes = utf8(random.text([...AWKWARD, "\n", "\n", "\n", ..."SAIDOVGPLTX", "x".repeat(700)], 10));
         await writer.write(bytes).catch(() => {});
@@ -2256,11 +2525,11 @@ test("stand-in: any bytes, in any chunks, and the call still ends", () =>
 
 /** A TCP server for one test. Its end tells what the handlers threw, but for calls that ended. */
 async function served(
-  handler: (session: Session) => Promise<unknown>,
+  handler: (session: Ivr) => Promise<unknown>,
 ): Promise<{ port: number; close: () => Promise<void> }> {
   const calls: Promise<unknown>[] = [];
   const server = createServer({ noDelay: true, allowHalfOpen: true }, (socket) => {
-    const session = new Session(Duplex.toWeb(socket));
+    const session = new Ivr(Duplex.toWeb(socket));
     calls.push(handler(session).catch((error) => error).finally(() => session.close()));
   });
   await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
@@ -2314,7 +2583,7 @@ test("tcp: a session that overflows breaks off its own connection, and nothing e
   });
   const socket = connect({ port: server.port, host: "127.0.0.1" });
   await new Promise<void>((resolve) =>
-    socket.on("error", () => {}).on("close", () => resolve()).resume().write("1,1\n".repeat(20_000))
+    socket.on("error", () => {}).on("close", () => resolve()).resume().write("1,1\n".repeat(300_000))
   );
   await server.close();
 });

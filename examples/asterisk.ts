@@ -8,13 +8,13 @@
  * @example
  * ```ts
  * import assert from "node:assert/strict";
- * import { Session } from "@externalivr/protocol";
+ * import { Ivr } from "@externalivr/protocol";
  * import { Asterisk } from "@externalivr/protocol/asterisk";
  *
  * const events = new TransformStream<Uint8Array, Uint8Array>();
  * const commands = new TransformStream<Uint8Array, Uint8Array>();
  * const host = new Asterisk({ readable: commands.readable, writable: events.writable });
- * const ivr = new Session({ readable: events.readable, writable: commands.writable });
+ * const ivr = new Ivr({ readable: events.readable, writable: commands.writable });
  * await ivr.exit();
  * assert.deepEqual(await host.left, "continued");
  * ```
@@ -25,7 +25,6 @@
 import {
   type Bytes,
   type Digit,
-  type Encoding,
   formatEvent,
   type IvrEvent,
   lines,
@@ -110,7 +109,7 @@ export interface HostOptions extends Partial<Dialplan> {
   /** The Unix time, in seconds, when the call begins. The default is now. */
   epoch?: number;
   /** How texts become bytes: `"latin1"` for any bytes as the characters U+0000 to U+00FF. The default is `"utf-8"`. */
-  encoding?: Encoding;
+  encoding?: "utf-8" | "latin1";
   /** The default is {@linkcode realClock}. */
   clock?: Clock;
   /** Called with everything that happens. */

@@ -7,8 +7,8 @@
  * @module
  */
 
-import type { Sink, Source } from "../mod.ts";
-import { answer } from "./menu.ts";
+import { answer, type Sink, type Source } from "../mod.ts";
+import { menu } from "./menu.ts";
 
 /** What Workers have for upgrades. */
 declare const WebSocketPair: undefined | (new () => { 0: WebSocket; 1: WebSocket & { accept(): void } });
@@ -61,7 +61,7 @@ export default {
       return new Response("This answers telephone calls over WebSockets: see relay.ts\n", { status: 426 });
     }
     const { socket, response } = upgrade(request);
-    answer(webSocketStreams(socket));
+    answer(webSocketStreams(socket), menu, { keepAlive: 20_000 }).catch(console.error);
     return response;
   },
 };

@@ -19,12 +19,12 @@
 import { type AddressInfo, createServer, isIPv6 } from "node:net";
 import process from "node:process";
 import { Readable, type Writable } from "node:stream";
-import { IvrError, Session, type Sink, type Source } from "../mod.ts";
+import { answer, type Ivr, type Sink, type Source } from "../mod.ts";
 
 const DEPARTMENTS: Record<string, string> = { "1": "sales", "2": "support" };
 
 /** The whole menu, for one call. */
-export async function menu(ivr: Session): Promise<void> {
+export async function menu(ivr: Ivr): Promise<void> {
   const department = (await ivr.params()).filter((param) => Object.values(DEPARTMENTS).includes(param)).at(-1);
 
   const account = await ask(ivr, ["hello-world", "agent-user"], 8, (digits) => digits.length >= 4);
@@ -42,7 +42,7 @@ export async function menu(ivr: Session): Promise<void> {
 
 /** Asks up to three times. A caller who is gone answers nothing. */
 async function ask(
-  ivr: Session,
+  ivr: Ivr,
   prompt: string[],
   maxDigits: number,
   valid: (digits: string) => boolean,
@@ -55,24 +55,10 @@ async function ask(
   return "";
 }
 
-/** Takes a call from its first event to its last. Never rejects: one call's failure is no other's. */
-export async function answer(
-  streams: { readable: Source; writable: Sink },
-): Promise<void> {
-  const ivr = new Session(streams);
-  try {
-    await menu(ivr);
-  } catch (error) {
-    const hungUp = error instanceof IvrError && error.code === "ended";
-    if (!hungUp) console.error(error);
-  } finally {
-    await ivr.close();
-  }
-}
-
 /**
  * Node's streams as the web's. `Duplex.toWeb` does the same, but there Deno's ends the whole process when a peer resets its
- * connection.
+ * connection. A write comes behind what has arrived: where Asterisk is gone it fails and takes the rest of the input with
+ * it, the last words of the call among it.
  */
 export function webStreams(input: Readable, output: Writable): { readable: Source; writable: Sink } {
   output.on("error", () => {}); // the write that fails says so
@@ -80,7 +66,9 @@ export function webStreams(input: Readable, output: Writable): { readable: Sourc
     readable: Readable.toWeb(input),
     writable: new WritableStream<Uint8Array>({
       write: (chunk) =>
-        new Promise((resolve, reject) => output.write(chunk, (error) => error ? reject(error) : resolve())),
+        new Promise((resolve, reject) => {
+          setImmediate(() => output.write(chunk, (error) => error ? reject(error) : resolve()));
+        }),
       close: () => new Promise((resolve) => output.end(resolve)),
       abort: () => void output.destroy(),
     }),
@@ -93,7 +81,9 @@ function listen(address = ""): void {
   const { 1: v6, 2: name, 3: port = "2949" } = /^(?:\[(.*)\]|([^:]*))(?::(\d+))?$/.exec(bare) ?? fail(address);
   if (Number(port) > 65535) fail(address);
   // No delay: the empty line that wakes Asterisk is tiny
-  const server = createServer({ noDelay: true }, (socket) => void answer(webStreams(socket, socket)));
+  const server = createServer({ noDelay: true }, (socket) => {
+    answer(webStreams(socket, socket), menu, { keepAlive: 20_000 }).catch(console.error); // no other call's failure
+  });
   server.on("error", (error) => {
     console.error(`Cannot listen: ${error.message}`);
     process.exitCode = 1;
@@ -120,7 +110,7 @@ if (import.meta.main) {
   } else if (option === "--listen") {
     listen(rest.length ? fail([address, ...rest].join(" ")) : address);
   } else {
-    await answer(webStreams(process.stdin, process.stdout));
+    await answer(webStreams(process.stdin, process.stdout), menu).catch(console.error);
     process.exit(); // a runtime may wait for the end of stdin otherwise
   }
 }

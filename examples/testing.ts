@@ -11,10 +11,10 @@
  * @example A conversation
  * ```ts
  * import assert from "node:assert/strict";
- * import type { Session } from "@externalivr/protocol";
+ * import type { Ivr } from "@externalivr/protocol";
  * import { dial } from "@externalivr/protocol/testing";
  *
- * async function ivr(session: Session) {
+ * async function ivr(session: Ivr) {
  *   const { digits } = await session.gather({ prompt: "enter-account", maxDigits: 8 });
  *   await session.set({ ACCOUNT: digits });
  *   await session.play("thank-you");
@@ -35,7 +35,7 @@
 
 import { AsyncLocalStorage, AsyncResource } from "node:async_hooks";
 import { setImmediate } from "node:timers";
-import { lines, Session } from "../mod.ts";
+import { answer, type Ending, type Ivr, lines } from "../mod.ts";
 import {
   Asterisk,
   type CallerAction,
@@ -279,29 +279,20 @@ const MARKS: Record<Note["kind"], string> = {
 const PATIENCE = 3600;
 
 /**
- * Places a call to a handler that takes a {@linkcode Session}.
+ * Places a call to a handler that takes a {@linkcode Ivr}.
  *
  * The call goes on while one of its methods is awaited, and no time passes otherwise.
  */
 export function dial(
-  handler: (session: Session) => unknown,
+  handler: (ivr: Ivr) => unknown,
   options?: DialOptions,
 ): Call {
   return new Call(answered(handler), options);
 }
 
 /** The call is over when the handler is, as with a program. */
-function answered(
-  handler: (session: Session) => unknown,
-): (streams: Streams) => Promise<void> {
-  return async (streams) => {
-    const session = new Session(streams);
-    try {
-      await handler(session);
-    } finally {
-      await session.close();
-    }
-  };
+function answered(handler: (ivr: Ivr) => unknown): (streams: Streams) => Promise<Ending> {
+  return (streams) => answer(streams, async (ivr) => void await handler(ivr));
 }
 
 /** Places a call to a handler that takes the streams themselves. */
@@ -579,7 +570,7 @@ export class Call {
  */
 export async function replay(
   recording: Recording,
-  handler?: (session: Session) => unknown,
+  handler?: (ivr: Ivr) => unknown,
 ): Promise<Recording> {
   const { caller, steps, received, ended, log: _, ...options } = recording;
   const [[first = "0"] = []] = received.map(([, line]) => line.split(",").slice(1));
@@ -590,7 +581,7 @@ export async function replay(
     const writer = writable.getWriter();
     const reading = (async () => {
       try {
-        for await (const _ of lines(readable, { encoding: "latin1" }));
+        for await (const _ of lines(readable));
       } catch { /* the call is over either way */ }
     })();
     for (const [at, text] of steps) {
