@@ -11,6 +11,7 @@ import process from "node:process";
 import { Duplex, Readable, Writable } from "node:stream";
 import { test } from "node:test";
 import { fileURLToPath } from "node:url";
+import { inspect } from "node:util";
 import { Live, type LiveCall, type LiveOptions, type Over, place } from "./.ci/asterisk.ts";
 import { record, recordings, untimed } from "./.ci/record.ts";
 import { Asterisk, type CallerAction, type Dialplan, parseDialplan } from "./examples/asterisk.ts";
@@ -1435,8 +1436,8 @@ test("wake-ups: ever more slowly, and no faster than one a second", async () => 
     await new Promise((resolve) => setTimeout(resolve, 10_000));
     await ivr.close();
   }, { faults: { readDelay: Infinity } });
-  const setTimer = call.clock.setTimeout.bind(call.clock);
-  call.clock.setTimeout = (run, ms) => (times.push(ms), setTimer(run, ms));
+  const after = call.clock.after.bind(call.clock);
+  call.clock.after = (time, run) => (times.push(time / 1000), after(time, run));
   await call.over().catch(() => {});
   const wakes = times.filter((ms) => ms >= 1 && ms <= 1000);
   assert.deepEqual(wakes.slice(0, 12), [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000, 1000]);
@@ -1919,6 +1920,7 @@ test("a caller with an account chooses the support", async () => {
   const call = dial(menu, { args: ["sales"], sounds: { "agent-user": 4, "vm-press": 1, "auth-thankyou": 2 } });
   await call.hears("agent-user");
   await call.press("1234#");
+  await call.hears("vm-press");
   await call.press("2");
   await call.hears("auth-thankyou");
   assert.equal(await call.over(), "continued");
@@ -2034,6 +2036,50 @@ test("kit: a handler that fails is told by the step under way, and by the end", 
   await leaky.hangUp();
   await leaky.over();
 });
+
+test("kit: a transcript is printed once, and nothing from the wire moves the cursor or turns the writing", async () => {
+  const call = dial(async (ivr) => {
+    await ivr.log("J\u202eno\u2028\x9b2J");
+    await ivr.get("NAME");
+    throw new Error("no \x1b[2J");
+  }, { variables: { NAME: "\x1b[2J\u200f" } });
+  await assert.rejects(call.hears("\u061c"), (error) => {
+    assert.ok(error instanceof CallError);
+    for (const text of [error.message, error.stack!]) {
+      assert.doesNotMatch(text.replaceAll("\n", ""), /[\p{Cc}\p{Bidi_Control}\u2028]/u);
+    }
+    assert.equal(inspect(error).split("J\\u202eno\\u2028").length, 3); // the command, the log
+    assert.match(error.message, /^Waited for "\\u061c" to play, but the handler failed: Error: no \\x1b\[2J\n/);
+    assert.match(error.message, /--> L,J\\u202eno\\u2028 2J\n/);
+    assert.match(error.message, /NAME=\\x1b\[2J\\u200f\n?/);
+    return true;
+  });
+  await assert.rejects(call.over(), /no/);
+});
+
+test("kit: press returns when its last key was pressed, whenever it began and whoever shares its time", () =>
+  forAll(250, async (random) => {
+    const clock = new VirtualClock();
+    const calls = Array.from({ length: 1 + random.below(6) }, () =>
+      dial(async (ivr) => {
+        await ivr.gather({ terminators: "", timeout: Infinity });
+      }, { clock }));
+    await Promise.all(calls.map(async (call) => {
+      for (let times = 0; times < 3; times++) {
+        await call.wait(random.below(9_000_000) / random.of([1e6, 7e6, 2 ** 20]));
+        const began = Math.round(call.host.at * 1e6);
+        const keys = random.text("0123456789*#ABCD", 6) || "1";
+        await call.press(keys);
+        assert.equal(call.host.at, (began + 200_000 + (keys.length - 1) * 250_000) / 1e6);
+        const pressed = call.notes.filter(({ kind }) => kind === "caller").slice(-keys.length);
+        assert.equal(pressed.map(({ text }) => text.at(-1)).join(""), keys);
+        assert.equal(pressed.at(-1)!.at, call.host.at);
+      }
+      await call.hangUp();
+      await call.over();
+    }));
+    assert.equal(clock.pending, 0);
+  }));
 
 test("kit: the end of the script hangs up", async () => {
   let ending: unknown;
@@ -2443,7 +2489,7 @@ const bytes = (text: string): string => Buffer.from(text).toString("latin1");
 /** A call of the live Asterisk that a handler answers over TCP, and what Asterisk tells of it. */
 async function called(
   asterisk: Live,
-  handler: (ivr: Session, call: LiveCall) => Promise<unknown>,
+  handler: (ivr: Ivr, call: LiveCall) => Promise<unknown>,
   { args = [], options = "", caller = [], ...rest }: LiveOptions & Partial<Dialplan> & { caller?: CallerAction[] } = {},
 ): Promise<Over> {
   const placed = Promise.withResolvers<LiveCall>();
@@ -2487,7 +2533,7 @@ live("every command does what its promise tells", async (asterisk) => {
     await call.press("D");
     assert.deepEqual(await Promise.all(cleared), ["interrupted", "dropped"]);
     await ivr.autoclear(false);
-    assert.deepEqual(await ivr.gather({ timeout: 0 }), { digits: "D", reason: "timeout" });
+    assert.deepEqual(await ivr.gather({ timeout: 0 }), { digits: "D", reason: "timeout", outcomes: [] });
     await ivr.exit("done");
   }, {
     args: ["sales", "a b"],
@@ -2581,11 +2627,15 @@ live("bursts are carried out at once and in order", async (asterisk) => {
 live("keys typed ahead wait, and the first key interrupts the prompts", async (asterisk) => {
   await called(asterisk, async (ivr, call) => {
     await call.press("12#3");
-    assert.deepEqual(await ivr.gather(), { digits: "12", reason: "terminator", terminator: "#" });
-    assert.deepEqual(await ivr.gather({ prompt: "long", maxDigits: 1 }), { digits: "3", reason: "maxDigits" });
+    assert.deepEqual(await ivr.gather(), { digits: "12", reason: "terminator", terminator: "#", outcomes: [] });
+    assert.deepEqual(await ivr.gather({ prompt: "long", maxDigits: 1 }), {
+      digits: "3",
+      reason: "maxDigits",
+      outcomes: [],
+    });
     const began = performance.now();
     const [gathered] = await Promise.all([ivr.gather({ prompt: ["medium", "long"], maxDigits: 2 }), call.press("45")]);
-    assert.deepEqual(gathered, { digits: "45", reason: "maxDigits" });
+    assert.deepEqual(gathered, { digits: "45", reason: "maxDigits", outcomes: ["interrupted", "dropped"] });
     assert.ok(performance.now() - began < 1500);
     await ivr.exit();
   });

@@ -22,37 +22,32 @@
  * @module
  */
 
-import {
-  type Bytes,
-  type Digit,
-  formatEvent,
-  type IvrEvent,
-  lines,
-  parseCommand,
-  type Sink,
-  type Source,
-} from "../mod.ts";
+import { Buffer } from "node:buffer";
+import type { Digit, Sink, Source } from "../mod.ts";
 
 // ---------------------------------------------------------------------------------------------------------
 // Clocks
 // ---------------------------------------------------------------------------------------------------------
 
-/** Where a call's time comes from. Milliseconds throughout. */
+/** Where a call's time comes from: whole microseconds throughout, so that what is due together is together. */
 export interface Clock {
   /** The time, from any fixed point. */
   now(): number;
-  /** Runs something later. */
-  setTimeout(run: () => void, ms: number): unknown;
+  /** Runs something after so many microseconds. */
+  after(time: number, run: () => void): unknown;
   /** Does not run it after all. */
-  clearTimeout(timer: unknown): void;
+  cancel(timer: unknown): void;
 }
 
 /** The time of the wall, for calls over real streams. */
 export const realClock: Clock = {
-  now: () => performance.now(),
-  setTimeout: (run, ms) => setTimeout(run, ms),
-  clearTimeout: (timer) => clearTimeout(timer as number),
+  now: () => Math.round(performance.now() * 1000),
+  after: (time, run) => setTimeout(run, time / 1000),
+  cancel: (timer) => clearTimeout(timer as number),
 };
+
+/** Seconds, as they are told, in microseconds. */
+const micros = (seconds: number): number => Math.round(seconds * 1e6);
 
 // ---------------------------------------------------------------------------------------------------------
 // The host
@@ -89,7 +84,7 @@ export interface Note {
   text: string;
 }
 
-/** What the host is like. */
+/** What the host is like. Its texts are UTF-8 on the wire; {@linkcode fromBytes} makes one of any bytes. */
 export interface HostOptions extends Partial<Dialplan> {
   /** The playable files and their lengths in seconds. Without it every name plays a second. */
   sounds?: Record<string, number> | ((file: string) => number | undefined);
@@ -108,8 +103,6 @@ export interface HostOptions extends Partial<Dialplan> {
   version?: number;
   /** The Unix time, in seconds, when the call begins. The default is now. */
   epoch?: number;
-  /** How texts become bytes: `"latin1"` for any bytes as the characters U+0000 to U+00FF. The default is `"utf-8"`. */
-  encoding?: "utf-8" | "latin1";
   /** The default is {@linkcode realClock}. */
   clock?: Clock;
   /** Called with everything that happens. */
@@ -126,22 +119,25 @@ export type CallerAction = readonly [at: number, does: "press", keys: string] | 
 export interface Playing {
   /** The file. */
   file: string;
-  /** When it began, by the call's clock, in milliseconds. */
+  /** When it began: seconds since the call began. */
   since: number;
-  /** How long it is, in milliseconds. */
+  /** How long it is, in seconds. */
   length: number;
 }
 
-/** From the press of a key to its event, and to the next key: seconds. */
-const KEY = 0.2;
-const NEXT_KEY = 0.25;
-/** Asterisk looks at the playlist with every frame of audio: milliseconds. */
-const FRAME = 20;
-/** How long Asterisk takes to look at what arrived, in milliseconds: what comes within it arrives together. */
-const REACTION = 0.2;
+/** From the press of a key to its event, and to the next key: microseconds. */
+const KEY = 200_000;
+const NEXT_KEY = 250_000;
+/** Asterisk looks at the playlist with every frame of audio: microseconds. */
+const FRAME = 20_000;
+/** How long Asterisk takes to look at what arrived, in microseconds: what comes within it arrives together. */
+const REACTION = 200;
+
 /**
  * One call in Asterisk's `ExternalIVR`, as strict as the real one: short commands are ignored, long ones cut, a burst
  * stalls, a `D` or half a line blocks everything else.
+ *
+ * It reads and writes the wire by itself, without the codec of an IVR, so that each is a test of the other.
  */
 export class Asterisk {
   /** The channel's variables, and functions like `CALLERID(name)`, as they are now. */
@@ -174,11 +170,8 @@ export class Asterisk {
   #aborted = false;
   #frame: unknown;
 
-  // The stream of commands: what is in the socket, what Asterisk has read of it, the line it is at
-  #socket = "";
-  #buffer = "";
-  #line = "";
-  #end = false;
+  // The commands
+  #commands: Descriptor;
   #reacting: unknown;
   /** A `D` that goes on: its timer, and the events that wait for its end. */
   #busy?: { timer: unknown; held: (() => void)[] };
@@ -201,6 +194,7 @@ export class Asterisk {
     this.left = new Promise((resolve) => this.#leave = resolve);
     this.#up = !this.#has("n");
     this.#gone = this.#has("d");
+    this.#commands = new Descriptor(this.#version);
     this.#reader = streams.readable.getReader();
     this.#writer = streams.writable.getWriter();
     if (this.#up) this.#note("answers", "");
@@ -210,7 +204,7 @@ export class Asterisk {
 
   /** Seconds since the call began. */
   get at(): number {
-    return (this.#clock.now() - this.#began) / 1000;
+    return this.#elapsed / 1e6;
   }
 
   /** Whether the channel is answered. */
@@ -240,28 +234,28 @@ export class Asterisk {
    */
   press(key: Digit): void {
     checkKey(key);
-    if (this.#line) return void this.#deferred.push(() => this.press(key));
+    if (this.#commands.blocks) return void this.#deferred.push(() => this.press(key));
     if (this.#over || this.#gone || !this.#up) return;
     this.#note("caller", `presses ${key}`);
     if (this.#busy) return;
-    this.#emit({ type: "dtmf", digit: key });
+    this.#emit(key);
     if (this.#autoclear) this.#clear();
   }
 
   /** The caller hangs up. */
   hangUp(): void {
-    if (this.#line) return void this.#deferred.push(() => this.hangUp());
+    if (this.#commands.blocks) return void this.#deferred.push(() => this.hangUp());
     if (this.#over || this.#gone) return;
     this.#note("caller", "hangs up");
     this.#gone = true;
-    this.#clock.clearTimeout(this.#frame);
+    this.#clock.cancel(this.#frame);
     this.#playing = undefined;
     if (this.#busy) this.#unblock();
     if (!this.#has("i")) {
-      this.#emit({ type: "hangup" });
+      this.#emit("H");
       return this.#finish("hungup");
     }
-    this.#emit({ type: "inform", message: "HANGUP" });
+    this.#emit("I", "HANGUP");
     this.#service();
   }
 
@@ -276,18 +270,22 @@ export class Asterisk {
     let last = 0;
     const act = (at: number, run: () => void) => {
       last = Math.max(last, at);
-      if (at <= this.at) run();
-      else this.#planned.push(this.#clock.setTimeout(run, (at - this.at) * 1000));
+      if (at <= this.#elapsed) run();
+      else this.#planned.push(this.#clock.after(at - this.#elapsed, run));
     };
     for (const [at, does, keys = ""] of caller) {
-      if (does === "hangup") act(at, () => this.hangUp());
+      if (does === "hangup") act(micros(at), () => this.hangUp());
       else if (does !== "press") throw new TypeError(`Cannot plan "${does}": a caller can press and hangup`);
       for (const [i, key] of [...keys.toUpperCase()].entries()) {
         checkKey(key);
-        act(at + KEY + i * NEXT_KEY, () => this.press(key as Digit));
+        act(micros(at) + KEY + i * NEXT_KEY, () => this.press(key as Digit));
       }
     }
-    return last;
+    return last / 1e6;
+  }
+
+  get #elapsed(): number {
+    return this.#clock.now() - this.#began;
   }
 
   #has(option: string): boolean {
@@ -303,44 +301,22 @@ export class Asterisk {
     this.#note("log", text);
   }
 
-  /**
-   * Writes an event, once Asterisk is not busy. Data that may be any bytes stands for the "=" in it: Asterisk cuts a reply
-   * anywhere and lets a newline in a value pass, and no codec would.
-   */
-  #emit(event: Untimed, data?: string): void {
-    if (this.#busy) return void this.#busy.held.push(() => this.#emit(event, data));
-    const timestamp = Math.floor(this.#epoch + this.at) | 0;
-    const line = this.#bytes(formatEvent({ ...event, timestamp } as IvrEvent));
-    this.#send(data === undefined ? line : line.replace("=\n", () => data + "\n"));
-  }
-
-  /** Writes an event that names a file, if this version does. */
-  #emitFile(type: "finished" | "interrupted" | "dropped" | "failed", file: string): void {
-    if (this.#version < 1.8 && (type === "interrupted" || type === "failed")) return this.#emit({ type });
-    this.#emit(type === "failed" ? { type, reason: "=" } : { type, file: "=" }, this.#bytes(file));
-  }
-
-  #send(line: string): void {
-    this.#note("event", this.#text(line.slice(0, -1)));
-    this.#writer.write(toBytes(line)).catch(() => {});
-  }
-
-  /** A text as its bytes, each a character; and back. */
-  #bytes(text: string): string {
-    return this.#options.encoding === "latin1" ? text : utf8Bytes(text);
-  }
-
-  #text(bytes: string): string {
-    return this.#options.encoding === "latin1" ? bytes : new TextDecoder().decode(toBytes(bytes));
+  /** Writes an event, once Asterisk is not busy. */
+  #emit(tag: string, data?: string): void {
+    if (this.#busy) return void this.#busy.held.push(() => this.#emit(tag, data));
+    const timestamp = Math.floor(this.#epoch + this.at) | 0; // 32 bits, as Asterisk counts
+    const line = `${tag},${String(timestamp).padStart(10)}${data === undefined ? "" : `,${data}`}`;
+    this.#note("event", line);
+    this.#writer.write(toBytes(`${line}\n`)).catch(() => {});
   }
 
   #finish(left: Left): void {
     if (this.#over) return;
     this.#over = true;
-    this.#clock.clearTimeout(this.#frame);
-    this.#clock.clearTimeout(this.#reacting);
-    this.#clock.clearTimeout(this.#busy?.timer);
-    for (const timer of this.#planned) this.#clock.clearTimeout(timer);
+    this.#clock.cancel(this.#frame);
+    this.#clock.cancel(this.#reacting);
+    this.#clock.cancel(this.#busy?.timer);
+    for (const timer of this.#planned) this.#clock.cancel(timer);
     this.#playing = undefined;
     this.#playlist = [];
     this.#note("ends", left);
@@ -364,8 +340,8 @@ export class Asterisk {
   /** What `I`, `S` and, with autoclear, a key do. Until the next frame Asterisk does not know that it stopped. */
   #clear(): void {
     const playing = this.#playing && !this.#aborted ? this.#playlist.shift() : undefined;
-    if (playing !== undefined) this.#emitFile("interrupted", playing);
-    for (const file of this.#playlist.splice(0)) this.#emitFile("dropped", file);
+    if (playing !== undefined) this.#emit("T", this.#version < 1.8 ? undefined : playing);
+    for (const file of this.#playlist.splice(0)) this.#emit("D", file);
     if (this.#playing) this.#aborted = true;
     this.#look();
   }
@@ -373,8 +349,8 @@ export class Asterisk {
   /** Looks at the playlist with the next frame, unless something plays on. */
   #look(): void {
     if (this.#playing && !this.#aborted) return;
-    this.#clock.clearTimeout(this.#frame);
-    this.#frame = this.#clock.setTimeout(() => this.#next(), FRAME);
+    this.#clock.cancel(this.#frame);
+    this.#frame = this.#clock.after(FRAME, () => this.#next());
   }
 
   #next(): void {
@@ -385,10 +361,10 @@ export class Asterisk {
         this.#logs(`File '${file}' could not be opened`);
         continue;
       }
-      const length = this.found.get(file)! * 1000; // known since it was queued
-      this.#playing = { file, since: this.#clock.now(), length };
+      const length = this.found.get(file)!; // known since it was queued
+      this.#playing = { file, since: this.at, length };
       this.#note("plays", file);
-      this.#frame = this.#clock.setTimeout(() => this.#finished(file), length);
+      this.#frame = this.#clock.after(micros(length), () => this.#finished(file));
       return;
     }
   }
@@ -396,7 +372,7 @@ export class Asterisk {
   #finished(file: string): void {
     this.#playlist.shift();
     this.#next();
-    this.#emitFile("finished", file);
+    this.#emit("F", file);
   }
 
   // The commands -------------------------------------------------------------------------------------------
@@ -406,41 +382,42 @@ export class Asterisk {
       for (;;) {
         const { done, value } = await this.#reader.read();
         if (done) break;
-        this.#socket += fromBytes(value!);
+        this.#commands.arrived += latin1(value!);
         this.#react();
       }
     } catch { /* a reset is an end */ }
-    this.#end = true;
+    this.#commands.ended = true;
     this.#react();
   }
 
   async #readErrors(stderr: Source): Promise<void> {
+    const reader = stderr.getReader();
+    let rest = "";
     try {
-      for await (const line of lines(stderr)) {
-        this.#logs(`stderr: ${line.trim()}`);
+      for (;;) {
+        const { done, value } = await reader.read();
+        const lines = (rest + latin1(value)).split("\n");
+        rest = done ? "" : lines.pop()!;
+        for (const line of lines) if (line) this.#logs(`stderr: ${fromLatin1(line).trim()}`);
+        if (done) return;
       }
     } catch { /* the program is gone */ }
   }
 
   #react(): void {
     if (this.#over) return;
-    this.#reacting ??= this.#clock.setTimeout(() => {
+    this.#reacting ??= this.#clock.after(REACTION, () => {
       this.#reacting = undefined;
       this.#service();
-    }, REACTION);
+    });
   }
 
-  /**
-   * Carries out a line for each look at a socket that has something: so what Asterisk 15 and later have read already
-   * waits for more.
-   */
+  /** Carries out a line for each look at what has arrived. */
   #service(): void {
-    const stalls = this.#version >= 15;
-    while (!this.#over && !this.#busy) {
-      if (!this.#socket && !this.#end && (stalls || !this.#buffer.includes("\n"))) return;
-      const line = this.#gets();
-      if (line === undefined) {
-        if (!this.#end) return; // blocked until the rest of the line comes
+    while (!this.#over && !this.#busy && this.#commands.ready) {
+      const line = this.#commands.gets();
+      if (line === undefined) return; // blocked until the rest of the line comes
+      if (!line) {
         this.#logs("Child process went away");
         return this.#finish("hungup");
       }
@@ -449,64 +426,44 @@ export class Asterisk {
     }
   }
 
-  /** The next line, at most 1023 bytes of it; what is left is the next line. */
-  #gets(): string | undefined {
-    for (;;) {
-      const room = 1023 - this.#line.length;
-      const newline = this.#buffer.indexOf("\n") + 1;
-      if (newline || this.#buffer.length >= room) {
-        const size = Math.min(newline || room, room);
-        const line = this.#line + this.#buffer.slice(0, size);
-        this.#line = "";
-        this.#buffer = this.#buffer.slice(size);
-        return line;
-      }
-      this.#line += this.#buffer;
-      this.#buffer = this.#socket.slice(0, 2048);
-      this.#socket = this.#socket.slice(2048);
-      if (!this.#buffer) {
-        const rest = this.#line;
-        if (this.#end) this.#line = "";
-        return this.#end && rest ? rest : undefined;
-      }
-    }
-  }
-
   #carryOut(bytes: string): void {
-    const line = this.#text(bytes);
-    const command = parseCommand(line);
-    const text = line.replace(/\0.*$/s, "").replace(/\n$/, "").trimEnd();
-    if (!text) return;
-    this.#note("command", text);
-    if (this.#version < 1.8 && this.#bytes(text).length < 4) return;
-    switch (command.type) {
-      case "play":
-        return this.#checked(`Queue re'S'et`, command.file, () => {
+    const line = bytes.replace(/\0.*$/s, "").replace(/[\0- ]+$/, "");
+    if (!line) return;
+    this.#note("command", fromLatin1(line));
+    if (line.length < (this.#version < 1.8 ? 4 : 3)) return;
+    const text = fromLatin1(line.slice(2));
+    switch (line[0]) {
+      case "S":
+        return this.#checked("Queue re'S'et", text, () => {
           this.#clear();
-          this.#playlist.push(command.file);
+          this.#playlist.push(text);
         });
-      case "queue":
-        return this.#checked(`Queue 'A'ppend`, command.file, () => {
-          this.#playlist.push(command.file);
+      case "A":
+        return this.#checked("Queue 'A'ppend", text, () => {
+          this.#playlist.push(text);
           this.#look();
         });
-      case "interrupt":
+      case "I":
         if (this.#version < 11) return;
-        return this.#checked(`Queue 'I'nterrupt`, undefined, () => this.#clear());
-      case "autoclear":
-        return this.#checked("Option", undefined, () => this.#autoclear = command.on);
-      case "answer":
+        return this.#checked("Queue 'I'nterrupt", undefined, () => this.#clear());
+      case "O":
+        return this.#checked("Option", undefined, () => {
+          if (/^(no)?autoclear$/i.test(text)) this.#autoclear = !/^no/i.test(text);
+          else this.#logs(`Unknown option requested: ${text}`);
+        });
+      case "T":
         if (this.#up) return;
         if (this.#has("d") || this.#options.answerable === false) {
           this.#logs("Failed to answer channel");
-          return this.#emit({ type: "failed", reason: "ANSWER_FAILURE" });
+          return this.#emit("Z", "ANSWER_FAILURE");
         }
         this.#up = true;
         return this.#note("answers", "");
-      case "dtmf":
-        return this.#press(command.digits, command.interval || 250, command.duration ?? 0);
-      case "set":
-        for (const [name, value] of Object.entries(command.variables)) {
+      case "D":
+        return this.#press(text);
+      case "V":
+        for (const variable of text.split(",")) {
+          const [, name = "", value] = /^([^=]*)=?(.*)$/s.exec(variable)!;
           const key = name.endsWith(")") ? name : name.replace(/^__?/, "");
           Object.defineProperty(this.variables, key, {
             value,
@@ -516,35 +473,26 @@ export class Asterisk {
           });
         }
         return;
-      case "get":
-        return this.#emit({ type: "variables", data: "=" }, this.#get(command.names));
-      case "params": {
+      case "G":
+        return this.#emit("G", this.#get(text.split(",")));
+      case "P": {
         const { application = "ivr://localhost", args = [] } = this.#options;
-        return this.#emit({ type: "params", params: ["="] }, this.#bytes([application, ...args].join()));
+        return this.#emit("P", [application, ...args].join());
       }
-      case "log":
-        return this.#logs(`Log message from EIVR: ${command.message}`);
-      case "hangup":
-        this.#logs(`Hanging up: ${command.message}`);
-        this.#emit({ type: "hangup" });
+      case "L":
+        return this.#logs(`Log message from EIVR: ${text}`);
+      case "H":
+        this.#logs(`Hanging up: ${text}`);
+        this.#emit("H");
         return this.#finish("hungup");
-      case "exit":
-        this.#logs(`Exiting: ${command.message}`);
-        if (text[0] === "X") {
-          this.#logs("e'X'it command is deprecated, use 'E'xit instead");
-        } else this.#emit({ type: "exit" });
+      case "E":
+        this.#logs(`Exiting: ${text}`);
+        this.#emit("E");
         return this.#finish("continued");
-      case "unknown":
-        if (/^D../s.test(text)) {
-          const [keys = "", interval, duration] = text.slice(2).split(",");
-          this.#press(keys, Number.parseInt(interval!) || 250, Number.parseInt(duration!) || 0);
-        } else if (/^O../s.test(text)) {
-          this.#checked(
-            "Option",
-            undefined,
-            () => this.#logs(`Unknown option requested: ${text.slice(2)}`),
-          );
-        }
+      case "X":
+        this.#logs(`Exiting: ${text}`);
+        this.#logs("e'X'it command is deprecated, use 'E'xit instead");
+        return this.#finish("continued");
     }
   }
 
@@ -552,29 +500,32 @@ export class Asterisk {
   #checked(what: string, file: string | undefined, act: () => void): void {
     if (!this.#up || this.#gone) {
       this.#logs(`${what} called on unanswered channel`);
-      return this.#emit({ type: "failed" });
+      return this.#emit("Z");
     }
     if (file !== undefined && this.#lengthOf(file) === undefined) {
       this.#logs(`Unknown file requested '${file}'`);
-      return this.#emitFile("failed", file);
+      return this.#emit("Z", this.#version < 1.8 ? undefined : file);
     }
     act();
   }
 
   /** Presses keys toward the caller, and does nothing else meanwhile. */
-  #press(keys: string, interval: number, duration: number): void {
+  #press(text: string): void {
     if (this.#version < 1.8) return;
-    this.#logs(`Sending DTMF: ${keys} ${interval} ${duration}`);
+    const [keys = "", ...times] = text.split(",");
+    const [interval = 0, duration = 0] = times.map((time) => Number.parseInt(time) || 0);
+    const between = interval || 250;
+    this.#logs(`Sending DTMF: ${keys} ${between} ${duration}`);
     if (this.#gone) return;
     this.#note("sends", keys);
-    const pauses = [...keys].map((key) => key === "w" ? 500 : key === "W" ? 1000 : Math.max(duration, 100) + interval);
-    const timer = this.#clock.setTimeout(() => this.#unblock(), pauses.reduce((sum, ms) => sum + ms, 100));
-    this.#busy = { timer, held: [] };
+    const pauses = [...keys].map((key) => key === "w" ? 500 : key === "W" ? 1000 : Math.max(duration, 100) + between);
+    const ms = pauses.reduce((sum, ms) => sum + ms, 100);
+    this.#busy = { timer: this.#clock.after(ms * 1000, () => this.#unblock()), held: [] };
   }
 
   #unblock(): void {
     const { timer, held } = this.#busy!;
-    this.#clock.clearTimeout(timer);
+    this.#clock.cancel(timer);
     this.#busy = undefined;
     for (const emit of held) emit();
     this.#react();
@@ -588,7 +539,50 @@ export class Asterisk {
       return place?.[name] ?? "";
     };
     const data = names.map((name) => `${name}=${value(name)},`).join("");
-    return this.#bytes(data).slice(0, 2047).replace(/,$/, "");
+    return fromBytes(toBytes(data).subarray(0, 2047)).replace(/,$/, "");
+  }
+}
+
+/** What Asterisk reads lines from. Bytes are characters here, U+0000 to U+00FF. */
+class Descriptor {
+  /** What it could read. */
+  arrived = "";
+  /** Whether nothing more arrives. */
+  ended = false;
+  /** Whether it waits for the rest of a line, and does nothing else meanwhile. */
+  blocks = false;
+  /** What it has read. */
+  #read = "";
+  #stalls: boolean;
+
+  /** Since version 15 Asterisk reads more than a line, and so waits for more than it has to. */
+  constructor(version: number) {
+    this.#stalls = version >= 15;
+  }
+
+  /** Whether Asterisk looks at it: it does not know of what it has read already. */
+  get ready(): boolean {
+    return this.arrived !== "" || this.ended;
+  }
+
+  /** A line with its newline, 1023 bytes of one that is longer, nothing at the end; `undefined` waits for the rest of it. */
+  gets(): string | undefined {
+    const room = this.#stalls ? 2048 : 1023;
+    this.blocks = false;
+    for (;;) {
+      const newline = this.#read.indexOf("\n") + 1;
+      if (newline || this.#read.length >= 1023 || !this.arrived && this.ended) {
+        const line = this.#read.slice(0, Math.min(newline || 1023, 1023));
+        this.#read = this.#read.slice(line.length);
+        return line;
+      }
+      this.blocks = !this.arrived;
+      if (this.blocks) return undefined;
+      let size = room - this.#read.length;
+      if (!this.#stalls) size = Math.min(size, this.arrived.indexOf("\n") + 1 || size);
+      this.#read += this.arrived.slice(0, size);
+      this.arrived = this.arrived.slice(size);
+    }
   }
 }
 
@@ -596,19 +590,61 @@ function checkKey(key: string): void {
   if (!/^[0-9A-D*#]$/.test(key)) throw new TypeError(`Cannot press "${key}": the keys are 0-9 * # A-D`);
 }
 
-type Untimed = IvrEvent extends infer E ? E extends { timestamp: number } ? Omit<E, "timestamp"> : never
-  : never;
+// ---------------------------------------------------------------------------------------------------------
+// Texts
+// ---------------------------------------------------------------------------------------------------------
 
-function utf8Bytes(text: string): string {
-  return fromBytes(new TextEncoder().encode(text));
+const strict = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
+
+/**
+ * Bytes as a text: UTF-8, and a byte that is none as the lone half of a surrogate pair, U+DC80 to U+DCFF, so that
+ * {@linkcode toBytes} gives the same bytes back.
+ *
+ * @example A caller's name in Latin-1
+ * ```ts
+ * import assert from "node:assert/strict";
+ * import { fromBytes, toBytes } from "@externalivr/protocol/asterisk";
+ *
+ * const name = fromBytes(Uint8Array.of(0x4a, 0xf6, 0x72, 0x67));
+ * assert.deepEqual(name, "J\udcf6rg");
+ * assert.deepEqual(toBytes(name), Uint8Array.of(0x4a, 0xf6, 0x72, 0x67));
+ * ```
+ */
+export function fromBytes(bytes: Uint8Array): string {
+  try {
+    return strict.decode(bytes);
+  } catch { /* some are none */ }
+  let text = "";
+  for (let at = 0; at < bytes.length;) {
+    const first = bytes[at]!;
+    const size = first < 0x80 ? 1 : first < 0xe0 ? 2 : first < 0xf0 ? 3 : 4;
+    try {
+      text += strict.decode(bytes.subarray(at, at + size));
+      at += size;
+    } catch {
+      text += String.fromCharCode(0xdc00 + first);
+      at++;
+    }
+  }
+  return text;
 }
 
-function toBytes(text: string): Bytes {
-  return Uint8Array.from(text, (char) => char.charCodeAt(0));
+/** A text as bytes: the other direction of {@linkcode fromBytes}. */
+export function toBytes(text: string): Uint8Array<ArrayBuffer> {
+  const parts = text.split(/([\udc80-\udcff])/u);
+  return new Uint8Array(
+    Buffer.concat(parts.map((part, i) => i % 2 ? Buffer.of(part.charCodeAt(0) & 0xff) : Buffer.from(part))),
+  );
 }
 
-function fromBytes(bytes: Uint8Array): string {
-  return Array.from(bytes, (byte) => String.fromCharCode(byte)).join("");
+/** Bytes as characters, U+0000 to U+00FF. */
+function latin1(bytes: Uint8Array = new Uint8Array()): string {
+  return Buffer.from(bytes).toString("latin1");
+}
+
+/** The text that these bytes, as characters, are. */
+function fromLatin1(bytes: string): string {
+  return fromBytes(Buffer.from(bytes, "latin1"));
 }
 
 /**
@@ -666,7 +702,39 @@ function split(text: string): string[] {
   return parts;
 }
 
-/** Whether a line of the wire only serves to acknowledge a command of a {@linkcode Session}. */
-export function isAcknowledgement(line: string): boolean {
-  return /^G,(?: *-?\d+,)?EIVR_ACK_\d+=?$/.test(line);
+/**
+ * A text as a terminal may show it: what moves the cursor, ends the line or turns the direction of writing is written as an
+ * escape, and so is what is no character.
+ *
+ * @example
+ * ```ts
+ * import assert from "node:assert/strict";
+ * import { printable } from "@externalivr/protocol/asterisk";
+ *
+ * assert.deepEqual(printable("J\x1b[2J\u202eno"), "J\\x1b[2J\\u202eno");
+ * ```
+ */
+export function printable(text: string): string {
+  return text.replace(/[\p{Cc}\p{Cs}\p{Bidi_Control}\u2028\u2029]/gu, (char) => {
+    const code = char.charCodeAt(0).toString(16);
+    return code.length > 2 ? `\\u${code.padStart(4, "0")}` : `\\x${code.padStart(2, "0")}`;
+  });
+}
+
+/** What a note says to somebody who reads. */
+const SAYS: Record<Note["kind"], (text: string) => string> = {
+  event: (text) => `<-- ${text}`,
+  command: (text) => `--> ${text}`,
+  log: (text) => `log: ${text}`,
+  plays: (text) => `playing ${text}`,
+  answers: () => "answered",
+  caller: (text) => `the caller ${text}`,
+  sends: (text) => `sends the keys ${text}`,
+  ends: (text) => text === "continued" ? "the dialplan goes on" : "hung up",
+};
+
+/** What happened, a {@linkcode printable} line each: when, and what. What only acknowledges a command is left out. */
+export function transcript(notes: Note[]): string {
+  const told = notes.filter(({ text }) => !/^G,(?: *-?\d+,)?EIVR_ACK_\d+=?$/.test(text));
+  return told.map(({ at, kind, text }) => `${at.toFixed(3).padStart(9)}  ${printable(SAYS[kind](text))}`).join("\n");
 }

@@ -23,9 +23,10 @@ import {
   type CallerAction,
   type Dialplan,
   type HostOptions,
-  isAcknowledgement,
   type Note,
   parseDialplan,
+  printable,
+  transcript,
 } from "./asterisk.ts";
 import { webStreams } from "./menu.ts";
 
@@ -282,22 +283,10 @@ async function reach(application: string): Promise<Socket> {
 // The screen
 // ---------------------------------------------------------------------------------------------------------
 
-/** What a note says to somebody who listens. */
-const SAYS: Record<Note["kind"], (text: string) => string> = {
-  event: (text) => `<-- ${text}`,
-  command: (text) => `--> ${text}`,
-  log: (text) => `log: ${text}`,
-  plays: (text) => `playing ${text}`,
-  answers: () => "answered",
-  caller: (text) => `the caller ${text}`,
-  sends: (text) => `sends the keys ${text}`,
-  ends: (text) => text === "continued" ? "the dialplan goes on" : "hung up",
-};
-
-/** Everything that happens but acknowledgements, a line each. */
+/** What happens, a line each. */
 function printPlainly(note: Note): void {
-  if (isAcknowledgement(note.text)) return;
-  console.log(`${note.at.toFixed(3).padStart(8)}  ${printable(SAYS[note.kind](note.text))}`);
+  const line = transcript([note]);
+  if (line) console.log(line);
 }
 
 /** The call as it stands, drawn over and over in the same place. */
@@ -334,7 +323,7 @@ class Screen {
     const log = texts("log").slice(-6);
     const ended = texts("ends").at(-1);
     const state = ended
-      ? SAYS.ends(ended)
+      ? ended === "continued" ? "the dialplan goes on" : "hung up"
       : texts("caller").includes("hangs up")
       ? "the caller is gone"
       : host.up
@@ -361,8 +350,8 @@ class Screen {
   #bar(host: Asterisk, width: number): string {
     const { playing } = host;
     if (!playing) return "-";
-    const length = playing.length / 1000;
-    const at = Math.min(length, (performance.now() - playing.since) / 1000);
+    const { length } = playing;
+    const at = Math.min(length, host.at - playing.since);
     const size = Math.max(10, Math.min(30, width - playing.file.length - 16));
     const full = length ? Math.round(at / length * size) : size;
     return `${playing.file} [${"#".repeat(full)}${".".repeat(size - full)}] ${at.toFixed(1)} of ${length.toFixed(1)} s`;
@@ -373,14 +362,6 @@ class Screen {
 function last(words: string[], room: number): string {
   const line = words.join("  ") || "-";
   return line.length > room ? "…" + line.slice(1 - room) : line;
-}
-
-/** Nothing that moves the cursor. */
-function printable(text: string): string {
-  return text.replace(
-    /\p{Cc}/gu,
-    (char) => `\\x${char.charCodeAt(0).toString(16).padStart(2, "0")}`,
-  );
 }
 
 // ---------------------------------------------------------------------------------------------------------

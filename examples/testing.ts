@@ -34,17 +34,21 @@
  */
 
 import { AsyncLocalStorage, AsyncResource } from "node:async_hooks";
+import { Buffer } from "node:buffer";
 import { setImmediate } from "node:timers";
-import { answer, type Ending, type Ivr, lines } from "../mod.ts";
+import { answer, type Ending, type Ivr } from "../mod.ts";
 import {
   Asterisk,
   type CallerAction,
   type Clock,
   type Dialplan,
+  fromBytes,
   type HostOptions,
-  isAcknowledgement,
   type Left,
   type Note,
+  printable,
+  toBytes,
+  transcript,
 } from "./asterisk.ts";
 
 // ---------------------------------------------------------------------------------------------------------
@@ -61,8 +65,9 @@ export class VirtualClock implements Clock {
   #now = 0;
   #timers: Timer[] = [];
   #held = 0;
+  #stepping: Promise<void> | undefined;
 
-  /** Milliseconds since the clock was made. */
+  /** Microseconds since the clock was made. */
   now(): number {
     return this.#now;
   }
@@ -73,9 +78,8 @@ export class VirtualClock implements Clock {
   }
 
   /** Runs something when the time has come; timers of the same time in the order they were set. */
-  setTimeout(run: () => void, ms: number): unknown {
-    // To the nanosecond, so that what is due together stays together
-    const timer = { at: Math.round((this.#now + Math.max(0, ms || 0)) * 1e6) / 1e6, run };
+  after(time: number, run: () => void): unknown {
+    const timer = { at: this.#now + Math.max(0, Math.round(time)), run };
     let at = this.#timers.length;
     while (at > 0 && this.#timers[at - 1]!.at > timer.at) at--;
     this.#timers.splice(at, 0, timer);
@@ -83,7 +87,7 @@ export class VirtualClock implements Clock {
   }
 
   /** Forgets a timer. */
-  clearTimeout(timer: unknown): void {
+  cancel(timer: unknown): void {
     const at = this.#timers.indexOf(timer as Timer);
     if (at >= 0) this.#timers.splice(at, 1);
   }
@@ -93,13 +97,15 @@ export class VirtualClock implements Clock {
     return this.#timers[0]?.at;
   }
 
-  /** Goes to the next timer and runs it. False when there is none. */
-  step(): boolean {
-    const timer = this.#timers.shift();
-    if (!timer) return false;
-    this.#now = timer.at;
-    timer.run();
-    return true;
+  /** Goes to the next timer, if there is one, and runs it: a step that all take together who wait for it. */
+  step(): Promise<void> {
+    return this.#stepping ??= this.settle().then(() => {
+      this.#stepping = undefined;
+      const timer = this.#timers.shift();
+      if (!timer) return;
+      this.#now = timer.at;
+      timer.run();
+    });
   }
 
   /** Lets everything happen that takes no time, and what is held. */
@@ -151,11 +157,12 @@ class VirtualTimer {
   constructor(clock: VirtualClock, run: () => void, ms: number, repeat: boolean) {
     this.clock = clock;
     const bound = AsyncResource.bind(run);
+    const time = (ms || 0) * 1000;
     const tick = () => {
-      if (repeat) this.timer = clock.setTimeout(tick, Math.max(1, ms));
+      if (repeat) this.timer = clock.after(Math.max(1000, time), tick);
       bound();
     };
-    this.timer = clock.setTimeout(tick, ms);
+    this.timer = clock.after(time, tick);
   }
 
   ref(): this {
@@ -185,7 +192,7 @@ function borrowTimers(): void {
     return new VirtualTimer(clock, () => (run as (...args: unknown[]) => void)(...args), ms, name === "setInterval");
   };
   const stop = (name: "clearTimeout" | "clearInterval") => (timer: unknown) => {
-    if (timer instanceof VirtualTimer) timer.clock.clearTimeout(timer.timer);
+    if (timer instanceof VirtualTimer) timer.clock.cancel(timer.timer);
     else (own[name] as (timer: unknown) => void)(timer);
   };
   Object.assign(globalThis, {
@@ -264,19 +271,8 @@ export class CallError extends Error {
   override name = "CallError";
 }
 
-const MARKS: Record<Note["kind"], string> = {
-  event: "<--",
-  command: "-->",
-  log: "log",
-  plays: "plays",
-  answers: "answered",
-  caller: "caller",
-  sends: "sends",
-  ends: "ended",
-};
-
-/** A step that takes so many seconds of the call's time waits for what never comes: wake-ups go on for ever. */
-const PATIENCE = 3600;
+/** A step that takes an hour of the call's time waits for what never comes: wake-ups go on for ever. */
+const PATIENCE = 3600e6;
 
 /**
  * Places a call to a handler that takes a {@linkcode Ivr}.
@@ -321,6 +317,7 @@ export class Call {
   #failure: unknown;
   #left?: Left;
   #turn: Promise<unknown> = Promise.resolve();
+  #running: Promise<void>;
 
   /** Places the call: see {@linkcode dial}. */
   constructor(
@@ -329,7 +326,7 @@ export class Call {
   ) {
     this.#options = options;
     this.clock = options.clock ?? new VirtualClock();
-    const { ivr, host } = this.#connect(options.faults ?? {});
+    const { ivr, host, gone } = this.#connect(options.faults ?? {});
     this.host = new Asterisk(host, {
       ...options,
       clock: this.clock,
@@ -339,7 +336,7 @@ export class Call {
       },
     });
     this.host.left.then((left) => this.#left = left);
-    this.clock.run(async () => {
+    this.#running = this.clock.run(async () => {
       try {
         await undefined; // so that the handler may use the call
         await handler(ivr);
@@ -347,6 +344,7 @@ export class Call {
       } catch (error) {
         this.#handler = "failed";
         this.#failure = error;
+        gone();
       }
       await this.host.left;
       await this.clock.settle(); // the streams close
@@ -398,7 +396,7 @@ export class Call {
   /** Lets so many seconds pass. */
   async wait(seconds: number): Promise<void> {
     let done = false;
-    this.clock.setTimeout(() => done = true, seconds * 1000);
+    this.clock.after(seconds * 1e6, () => done = true);
     await this.until(`${seconds} s to pass`, () => done, true);
   }
 
@@ -411,9 +409,10 @@ export class Call {
       this.#handler === "failed" ||
       this.#handler === "done" && this.#left !== undefined;
     await this.until("the call and its handler to end", done, true);
-    if (this.#handler === "done") return this.#left!;
-    this.host.hangUp();
-    throw this.#failure;
+    while (this.#left === undefined) await this.clock.step(); // a handler that failed has left its streams
+    await this.#running; // the timers are everybody's again
+    if (this.#handler === "failed") throw this.#failure;
+    return this.#left!;
   }
 
   /**
@@ -429,18 +428,14 @@ export class Call {
 
   /** The call so far, a line for everything that happened but acknowledgements: when, what, and the text. */
   transcript(): string {
-    return this.notes.filter(({ text }) => !isAcknowledgement(text)).map(({ at, kind, text }) => {
-      const line = JSON.stringify(text).slice(1, -1);
-      return `${at.toFixed(3).padStart(9)}  ${MARKS[kind].padEnd(8)} ${line}`
-        .trimEnd();
-    }).join("\n");
+    return transcript(this.notes);
   }
 
   /** The call so far, as recordings are written. Of the {@linkcode Faults} only what they did to it is recorded. */
   recording(): Recording {
     const { application = "ivr://localhost", args = [], options = "", variables = {}, globals = {}, sounds } =
       this.#options;
-    const { version, answerable, unreadable, encoding } = this.#options;
+    const { version, answerable, unreadable } = this.#options;
     const ended = this.notes.find(({ kind }) => kind === "ends");
     const set = Object.entries(this.variables).filter(([name, value]) => variables[name] !== value);
     const texts = {
@@ -458,7 +453,7 @@ export class Call {
       ],
     };
     return {
-      ...encoding === "latin1" ? texts : inBytes(texts),
+      ...convert(texts, (text) => latin1(toBytes(text))),
       ...version !== undefined && { version },
       ...answerable !== undefined && { answerable },
       caller: this.#caller,
@@ -481,13 +476,13 @@ export class Call {
       if (test()) return;
       const why = this.#whyNot(began, after);
       if (why) {
-        const { message } = step;
-        step.message = `${message}, but ${why}\n${this.transcript()}`;
-        step.stack = step.stack?.replace(message, () => step.message);
-        step.cause = this.#failure;
+        const { message, stack } = step; // made as soon as it is asked for, with the message of that time
+        step.message = `${printable(`${message}, but ${why}`)}\n${this.transcript()}`;
+        step.stack = stack?.replace(message, () => step.message);
+        if (this.#handler === "failed") step.cause = this.#failure;
         throw step;
       }
-      this.clock.step();
+      await this.clock.step();
     }
   }
 
@@ -495,20 +490,22 @@ export class Call {
   #whyNot(began: number, after: boolean): string | undefined {
     if (this.#handler === "failed") return `the handler failed: ${this.#failure}`;
     if (this.#left !== undefined && !after) return "the call is over";
-    if ((this.clock.next ?? Infinity) <= began + PATIENCE * 1000) return undefined;
+    if ((this.clock.next ?? Infinity) <= began + PATIENCE) return undefined;
     if (this.#handler === "done") return "nothing more can happen: the handler is done";
     return "nothing more can happen (a handler that awaits a file or a request needs VirtualClock.hold)";
   }
 
   /** Two pipes as long as a socket's buffers, with what goes wrong in them. */
-  #connect({ chunk = Infinity, resetAfter, endAfter, readDelay }: Faults): { ivr: Streams; host: Streams } {
+  #connect(
+    { chunk = Infinity, resetAfter, endAfter, readDelay }: Faults,
+  ): { ivr: Streams; host: Streams; gone: () => void } {
     const room = { highWaterMark: 1000 };
-    let fail = (_: Error): void => {};
+    let toHost: TransformStreamDefaultController<Uint8Array>;
     let sent = 0;
     const events = new TransformStream<Uint8Array, Uint8Array>(
       {
         transform: (bytes, controller) => {
-          this.#received.push([this.host.at, fromBytes(bytes).slice(0, -1)]); // a write is a line
+          this.#received.push([this.host.at, latin1(bytes).slice(0, -1)]); // a write is a line
           while (bytes.length) {
             const size = Math.max(1, typeof chunk === "function" ? chunk() : chunk);
             const piece = bytes.slice(
@@ -521,7 +518,7 @@ export class Call {
             if (sent === endAfter) return controller.terminate();
             if (sent === resetAfter) {
               const reset = new Error("Connection reset by peer");
-              fail(reset);
+              toHost.error(reset);
               return controller.error(reset);
             }
           }
@@ -532,13 +529,13 @@ export class Call {
     );
     const commands = new TransformStream<Uint8Array, Uint8Array>(
       {
-        start: (controller) => void (fail = (error) => controller.error(error)),
+        start: (controller) => void (toHost = controller),
         transform: async (bytes, controller) => {
           if (readDelay === Infinity) await new Promise(() => {});
           if (readDelay) {
-            await new Promise<void>((resolve) => this.clock.setTimeout(resolve, readDelay * 1000));
+            await new Promise<void>((resolve) => this.clock.after(readDelay * 1e6, resolve));
           }
-          this.#steps.push([this.host.at, fromBytes(bytes)]);
+          this.#steps.push([this.host.at, latin1(bytes)]);
           controller.enqueue(bytes);
         },
         flush: () => void this.#steps.push([this.host.at, null]),
@@ -549,6 +546,7 @@ export class Call {
     return {
       ivr: { readable: events.readable, writable: commands.writable },
       host: { readable: commands.readable, writable: events.writable },
+      gone: () => toHost.terminate(),
     };
   }
 }
@@ -572,21 +570,18 @@ export async function replay(
   recording: Recording,
   handler?: (ivr: Ivr) => unknown,
 ): Promise<Recording> {
-  const { caller, steps, received, ended, log: _, ...options } = recording;
+  const { caller, steps, received, ended, log: _, ...texts } = recording;
+  const options = convert(texts, (text) => fromBytes(Buffer.from(text, "latin1")));
   const [[first = "0"] = []] = received.map(([, line]) => line.split(",").slice(1));
   const at = received[0]?.[0] ?? 0;
   let stopped: number | undefined;
 
   const perform = async ({ readable, writable }: Streams) => {
     const writer = writable.getWriter();
-    const reading = (async () => {
-      try {
-        for await (const _ of lines(readable));
-      } catch { /* the call is over either way */ }
-    })();
+    const reading = readable.pipeTo(new WritableStream()).catch(() => {}); // the call is over either way
     for (const [at, text] of steps) {
       await new Promise((resolve) => setTimeout(resolve, (at - call.host.at) * 1000));
-      await (text === null ? writer.close() : writer.write(toBytes(text)))
+      await (text === null ? writer.close() : writer.write(new Uint8Array(Buffer.from(text, "latin1"))))
         .catch(() => {});
     }
     if (!ended) {
@@ -598,7 +593,6 @@ export async function replay(
   };
   const call: Call = new Call(handler ? answered(handler) : perform, {
     ...options,
-    encoding: "latin1",
     epoch: Number(first) - at,
   });
   call.plan(caller);
@@ -608,23 +602,16 @@ export async function replay(
   return { ...now, received: now.received.filter(([at]) => at <= stopped!), ended: null };
 }
 
-/** The same with every text as its UTF-8 bytes, each a character. */
-function inBytes<T>(value: T): T {
+/** The same with every text, and every name, in another form. */
+function convert<T>(value: T, form: (text: string) => string): T {
   return JSON.parse(JSON.stringify(value), (_, item) => {
-    if (typeof item === "string") return utf8Bytes(item);
+    if (typeof item === "string") return form(item);
     if (item === null || typeof item !== "object" || Array.isArray(item)) return item;
-    return Object.fromEntries(Object.entries(item).map(([name, own]) => [utf8Bytes(name), own]));
+    return Object.fromEntries(Object.entries(item).map(([name, own]) => [form(name), own]));
   });
 }
 
-function utf8Bytes(text: string): string {
-  return fromBytes(new TextEncoder().encode(text));
-}
-
-function toBytes(text: string): Uint8Array {
-  return Uint8Array.from(text, (char) => char.charCodeAt(0));
-}
-
-function fromBytes(bytes: Uint8Array): string {
-  return Array.from(bytes, (byte) => String.fromCharCode(byte)).join("");
+/** Bytes as characters, U+0000 to U+00FF. */
+function latin1(bytes: Uint8Array): string {
+  return Buffer.from(bytes).toString("latin1");
 }
