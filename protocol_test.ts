@@ -2626,7 +2626,7 @@ live("bursts are carried out at once and in order", async (asterisk) => {
 
 live("keys typed ahead wait, and the first key interrupts the prompts", async (asterisk) => {
   await called(asterisk, async (ivr, call) => {
-    await call.press("12#3");
+    await Promise.all([call.press("12#3"), ivr.play("medium")]);
     assert.deepEqual(await ivr.gather(), { digits: "12", reason: "terminator", terminator: "#", outcomes: [] });
     assert.deepEqual(await ivr.gather({ prompt: "long", maxDigits: 1 }), {
       digits: "3",
