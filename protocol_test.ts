@@ -15,7 +15,7 @@ import { inspect } from "node:util";
 import { Live, type LiveCall, type LiveOptions, type Over, place } from "./.ci/asterisk.ts";
 import { record, recordings, untimed } from "./.ci/record.ts";
 import { Asterisk, type CallerAction, type Dialplan, parseDialplan } from "./examples/asterisk.ts";
-import { menu } from "./examples/menu.ts";
+import { menu, webStreams } from "./examples/menu.ts";
 import {
   type Call,
   CallError,
@@ -2224,7 +2224,7 @@ async function served(
 ): Promise<{ port: number; close: () => Promise<void> }> {
   const calls: Promise<unknown>[] = [];
   const server = createServer({ noDelay: true, allowHalfOpen: true }, (socket) => {
-    const session = new Ivr(Duplex.toWeb(socket));
+    const session = new Ivr(webStreams(socket, socket));
     calls.push(handler(session).catch((error) => error).finally(() => session.close()));
   });
   await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
@@ -2270,6 +2270,31 @@ test("tcp: bursts are acknowledged, a caller hangs up at any point, one call's f
   assert.deepEqual(left, hosts.map((_, i) => i % 4 === 1 ? "hungup" : "continued"));
   assert.equal(endings.filter((by) => by === "exit").length, 15);
   assert.equal(endings.filter((by) => by === "caller").length, 5);
+});
+
+test("tcp: the caller's hangup is not lost to the reset that comes with it", async () => {
+  const endings: string[] = [];
+  const server = await served(async (ivr) => {
+    ivr.closed.then(({ by }) => endings.push(by));
+    for (;;) {
+      ivr.log("x".repeat(100));
+      await ivr.set({ A: "1".repeat(200) });
+    }
+  });
+  for (let i = 0; i < 100; i++) {
+    const socket = connect({ port: server.port, host: "127.0.0.1", noDelay: true });
+    await new Promise<void>((resolve) => {
+      socket.on("error", () => {}).on("close", () => resolve());
+      socket.once("readable", () => {
+        socket.read(10); // the rest stays unread, which makes the close a reset
+        socket.write("H,1795372496\n", () => socket.destroy());
+      });
+    });
+  }
+  await server.close();
+  assert.equal(endings.length, 100);
+  assert.ok(endings.filter((by) => by === "caller").length >= 98, endings.join(" "));
+  assert.ok(!endings.includes("error"));
 });
 
 test("tcp: a session that overflows breaks off its own connection, and nothing else", async () => {
@@ -2333,7 +2358,7 @@ test("phone: calls a program, scripted, and its exit status is where the call we
   assert.equal(exited.code, 0, exited.err);
   assert.match(exited.out, /the caller presses #/);
   assert.match(exited.out, /--> V,ACCOUNT=1234\n/);
-  assert.match(exited.out, /log: Log message from EIVR: account 1234, department support\n/);
+  assert.match(exited.out, /log: Log message from EIVR: account known, department support\n/);
   assert.match(exited.out, /the dialplan goes on\n$/);
   assert.equal(hungUp.code, 1);
   assert.match(hungUp.out, /hung up\n$/);

@@ -8,7 +8,7 @@
  * ```
  * exten => 100,1,ExternalIVR(/path/menu.ts(sales))          ; the program, by the first line of this file
  * exten => 101,1,ExternalIVR(/usr/bin/node(/path/menu.ts))  ; the same on Node
- * exten => 102,1,ExternalIVR(ivr://localhost(sales))        ; the server: menu.ts --listen [host:port]
+ * exten => 102,1,ExternalIVR(ivr://localhost(sales))        ; the server: menu.ts --listen [host:port] [--max-calls n]
  * ```
  *
  * The first argument is the department for callers who press nothing. The dialplan finds `ACCOUNT` and `DEPARTMENT`.
@@ -16,9 +16,11 @@
  * @module
  */
 
+import { once } from "node:events";
 import { type AddressInfo, createServer, isIPv6 } from "node:net";
 import process from "node:process";
 import { Readable, type Writable } from "node:stream";
+import { parseArgs } from "node:util";
 import { answer, type Ivr, type Sink, type Source } from "../mod.ts";
 
 const DEPARTMENTS: Record<string, string> = { "1": "sales", "2": "support" };
@@ -35,7 +37,7 @@ export async function menu(ivr: Ivr): Promise<void> {
   const choice = key ? DEPARTMENTS[key] : department;
   if (choice) await ivr.set({ DEPARTMENT: choice });
 
-  await ivr.log(`account ${account || "unknown"}, department ${choice ?? "unknown"}`);
+  await ivr.log(`account ${account ? "known" : "unknown"}, department ${choice ?? "unknown"}`);
   if (account) await ivr.play("auth-thankyou");
   await ivr.exit();
 }
@@ -75,41 +77,121 @@ export function webStreams(input: Readable, output: Writable): { readable: Sourc
   };
 }
 
-/** Takes any number of calls at once, until a signal comes: then no new ones, and those under way end first. */
-function listen(address = ""): void {
-  const bare = /^\d+$/.test(address) ? `:${address}` : isIPv6(address) ? `[${address}]` : address;
-  const { 1: v6, 2: name, 3: port = "2949" } = /^(?:\[(.*)\]|([^:]*))(?::(\d+))?$/.exec(bare) ?? fail(address);
-  if (Number(port) > 65535) fail(address);
-  // No delay: the empty line that wakes Asterisk is tiny
-  const server = createServer({ noDelay: true }, (socket) => {
-    answer(webStreams(socket, socket), menu, { keepAlive: 20_000 }).catch(console.error); // no other call's failure
-  });
-  server.on("error", (error) => {
-    console.error(`Cannot listen: ${error.message}`);
-    process.exitCode = 1;
-  });
-  // Without a host: IPv6 and IPv4
-  server.listen({ port: Number(port), host: v6 || name || undefined }, () => {
-    const bound = server.address() as AddressInfo;
-    console.error(`Waiting for calls on ${isIPv6(bound.address) ? `[${bound.address}]` : bound.address}:${bound.port}`);
-  });
-  for (const signal of ["SIGINT", "SIGTERM"] as const) process.once(signal, () => server.close());
+/** How many calls are under way. */
+let calls = 0;
+
+/** Takes a call, or says that there are too many. A failure is told, and is no other call's. */
+async function take(streams: { readable: Source; writable: Sink }, most: number): Promise<void> {
+  calls++;
+  try {
+    await answer(streams, calls > most ? busy : menu, { keepAlive: 20_000 });
+  } catch (error) {
+    console.error(error);
+  } finally {
+    calls--;
+  }
 }
 
-function fail(address: string): never {
-  console.error(`Cannot listen on "${address}": it has to be [host:]port or host`);
+/** The dialplan goes on, and finds why. */
+async function busy(ivr: Ivr): Promise<void> {
+  await ivr.set({ EIVR: "busy" });
+  await ivr.exit("too many calls");
+}
+
+/** A server for Node and Bun. Without a host it takes IPv6 and IPv4. */
+async function listen(host: string | undefined, port: number, most: number): Promise<{ port: number; close(): void }> {
+  const server = createServer((socket) => {
+    socket.setNoDelay(); // the empty line that wakes Asterisk is tiny
+    socket.setKeepAlive(true, 30_000);
+    take(webStreams(socket, socket), most);
+  });
+  server.listen({ host, port });
+  await once(server, "listening");
+  server.on("error", (error) => console.error(error.message));
+  return { port: (server.address() as AddressInfo).port, close: () => server.close() };
+}
+
+function bound(hostname: string | undefined, port: number): Deno.TcpListener {
+  try {
+    return Deno.listen({ hostname: hostname ?? "::", port });
+  } catch (error) {
+    if (hostname || error instanceof Deno.errors.AddrInUse) throw error;
+    return Deno.listen({ hostname: "0.0.0.0", port }); // where there is no IPv6
+  }
+}
+
+/** The same on Deno, whose `node:net` accepts nobody any more once file descriptors ran out. */
+function listenOnDeno(host: string | undefined, port: number, most: number): { port: number; close(): void } {
+  const listener = bound(host, port);
+  let closed = false;
+  (async () => {
+    while (!closed) {
+      try {
+        const conn = await listener.accept();
+        conn.setNoDelay();
+        conn.setKeepAlive();
+        take(conn, most);
+      } catch (error) {
+        if (closed) return;
+        console.error(`Cannot accept a call: ${(error as Error).message}`);
+        await new Promise((resolve) => setTimeout(resolve, 100)); // until others have ended
+      }
+    }
+  })();
+  const close = () => {
+    closed = true;
+    listener.close();
+  };
+  return { port: listener.addr.port, close };
+}
+
+function wrong(message: string): never {
+  console.error(`menu.ts: ${message}\n${HELP}`);
   process.exit(2);
+}
+
+const HELP = `menu.ts [ARGUMENT]...        the program of ExternalIVR(/path/menu.ts(ARGUMENT,...))
+menu.ts --listen [HOST:PORT] [--max-calls N]
+                             the server of ExternalIVR(ivr://HOST:PORT(ARGUMENT,...)); more than N calls at once are
+                             sent back to the dialplan with EIVR=busy`;
+
+async function serve(args: string[]): Promise<void> {
+  const { values, positionals } = (() => {
+    try {
+      return parseArgs({
+        args,
+        allowPositionals: true,
+        options: { listen: { type: "boolean" }, "max-calls": { type: "string", default: "Infinity" } },
+      });
+    } catch (error) {
+      return wrong((error as Error).message);
+    }
+  })();
+  const address = positionals.join(" ");
+  const most = Number(values["max-calls"]);
+  if (!(most >= 1)) wrong(`--max-calls "${values["max-calls"]}" has to be a number above zero`);
+  const bare = /^\d+$/.test(address) ? `:${address}` : isIPv6(address) ? `[${address}]` : address;
+  const [, v6, name, port = "2949"] = /^(?:\[(.*)\]|([^:\s]*))(?::(\d+))?$/.exec(bare) ?? [];
+  const host = v6 || name || undefined;
+  if (v6 === undefined && name === undefined || Number(port) > 65535) {
+    wrong(`"${address}" has to be [host:]port or host`);
+  }
+  try {
+    const server = await ("Deno" in globalThis ? listenOnDeno : listen)(host, Number(port), most);
+    console.error(`Waiting for calls on ${!host || isIPv6(host) ? `[${host ?? "::"}]` : host}:${server.port}`);
+    for (const signal of ["SIGINT", "SIGTERM"] as const) process.once(signal, () => server.close());
+  } catch (error) {
+    console.error(`Cannot listen: ${(error as Error).message}`);
+    process.exitCode = 1;
+  }
 }
 
 if (import.meta.main) {
   // As a program everything on the command line is the dialplan's, and `params()` brings it
-  const [option, address, ...rest] = process.argv.slice(2);
-  if (option === "--help") {
-    console.log("menu.ts [ARGUMENT]...          the program of ExternalIVR(/path/menu.ts(ARGUMENT,...))");
-    console.log("menu.ts --listen [HOST:PORT]   the server of ExternalIVR(ivr://HOST:PORT(ARGUMENT,...))");
-  } else if (option === "--listen") {
-    listen(rest.length ? fail([address, ...rest].join(" ")) : address);
-  } else {
+  const args = process.argv.slice(2);
+  if (args[0] === "--help") console.log(HELP);
+  else if (args[0] === "--listen") await serve(args);
+  else {
     await answer(webStreams(process.stdin, process.stdout), menu).catch(console.error);
     process.exit(); // a runtime may wait for the end of stdin otherwise
   }
