@@ -88,7 +88,10 @@ export interface Note {
 export interface HostOptions extends Partial<Dialplan> {
   /** The playable files and their lengths in seconds. Without it every name plays a second. */
   sounds?: Record<string, number> | ((file: string) => number | undefined);
-  /** Files that exist and cannot be opened: they are skipped without an event. */
+  /**
+   * Files that exist and cannot be opened: they are skipped without an event. With `silence/10` among them it is an Asterisk
+   * without the core sounds, where nothing plays.
+   */
   unreadable?: string[];
   /** The channel's variables. */
   variables?: Record<string, string>;
@@ -128,10 +131,15 @@ export interface Playing {
 /** From the press of a key to its event, and to the next key: microseconds. */
 const KEY = 200_000;
 const NEXT_KEY = 250_000;
+/** The same of keys that were pressed while Asterisk did not listen. */
+const LATE_KEY = 110_000;
+const NEXT_LATE_KEY = 180_000;
 /** Asterisk looks at the playlist with every frame of audio: microseconds. */
 const FRAME = 20_000;
 /** How long Asterisk takes to look at what arrived, in microseconds: what comes within it arrives together. */
 const REACTION = 200;
+/** What plays while nothing else does: where it cannot be opened, nothing plays any more. */
+const SILENCE = "silence/10";
 
 /**
  * One call in Asterisk's `ExternalIVR`, as strict as the real one: short commands are ignored, long ones cut, a burst
@@ -156,30 +164,40 @@ export class Asterisk {
   #began: number;
   #epoch: number;
   #version: number;
-  #reader: ReturnType<Source["getReader"]>;
   #writer: ReturnType<Sink["getWriter"]>;
+  #readers: ReturnType<Source["getReader"]>[] = [];
   #leave!: (left: Left) => void;
+  #over = false;
 
   // The channel
   #up: boolean;
-  #gone: boolean;
-  #over = false;
+  #gone: boolean; // the caller
+  #hungUp = false; // and nothing that waits has found that out
+  #told: boolean; // that the caller is gone
+  #keys: Digit[] = []; // that wait until Asterisk listens
+  #listening: unknown; // the timer of the next of them
+  #planned: unknown[] = []; // what the caller will do
+
+  // The playlist
   #autoclear = false;
-  #playlist: string[] = [];
-  #playing?: Playing;
-  #aborted = false;
-  #frame: unknown;
+  #playlist: string[] = []; // begins with what plays
+  #playing: Playing | undefined;
+  #aborted = false; // what plays was stopped, and the next frame will find that out
+  #mute = false; // no frame was to be had, after which Asterisk asks for none
+  #audio?: Audio;
+  #finished: string[] = []; // not told yet
 
-  // The commands
+  // The loop
   #commands: Descriptor;
+  #errors: Descriptor | undefined;
   #reacting: unknown;
-  /** A `D` that goes on: its timer, and the events that wait for its end. */
-  #busy?: { timer: unknown; held: (() => void)[] };
-  /** What the caller does while Asterisk waits for the rest of a line. */
-  #deferred: (() => void)[] = [];
-  #planned: unknown[] = [];
+  #blocked: Descriptor | undefined; // whose line is read, and half of it is missing
+  #sending: { timer: unknown; hungUp: () => void } | undefined; // a `D` that goes on
 
-  /** Begins a call over the IVR's streams: `readable` brings its commands, `writable` takes the events. */
+  /**
+   * Begins a call over the IVR's streams: `readable` brings its commands, `writable` takes the events, `stderr` is what a
+   * program has beside them.
+   */
   constructor(
     streams: { readable: Source; writable: Sink; stderr?: Source },
     options: HostOptions = {},
@@ -192,14 +210,12 @@ export class Asterisk {
     this.variables = { ...options.variables };
     this.globals = { ...options.globals };
     this.left = new Promise((resolve) => this.#leave = resolve);
-    this.#up = !this.#has("n");
-    this.#gone = this.#has("d");
-    this.#commands = new Descriptor(this.#version);
-    this.#reader = streams.readable.getReader();
+    this.#gone = this.#told = this.#has("d");
+    this.#up = this.#gone || !this.#has("n");
     this.#writer = streams.writable.getWriter();
-    if (this.#up) this.#note("answers", "");
-    this.#read();
-    if (streams.stderr) this.#readErrors(streams.stderr);
+    if (this.#up) this.#answered();
+    this.#commands = this.#read(streams.readable);
+    if (streams.stderr) this.#errors = this.#read(streams.stderr);
   }
 
   /** Seconds since the call began. */
@@ -219,44 +235,41 @@ export class Asterisk {
 
   /** What plays now; `undefined` is silence. */
   get playing(): Playing | undefined {
-    return this.#playing;
+    return this.#gone || this.#over || this.#mute ? undefined : this.#playing;
   }
 
   /** What waits in the playlist, in order. */
   get waiting(): string[] {
-    return this.#playing && !this.#aborted ? this.#playlist.slice(1) : [...this.#playlist];
+    return this.#playlist.slice(this.playing && !this.#aborted ? 1 : 0);
   }
 
   /**
-   * The caller releases a key. A key pressed while a `D` goes on is lost, as Asterisk loses it.
+   * The caller releases a key. One that is released while a `D` goes on is lost, as Asterisk loses it; while Asterisk waits
+   * for the rest of a line, or the channel is not answered, it waits.
    *
    * @throws {TypeError} for a key that does not exist.
    */
   press(key: Digit): void {
     checkKey(key);
-    if (this.#commands.blocks) return void this.#deferred.push(() => this.press(key));
-    if (this.#over || this.#gone || !this.#up) return;
+    if (this.#over || this.#gone) return;
     this.#note("caller", `presses ${key}`);
-    if (this.#busy) return;
-    this.#emit(key);
-    if (this.#autoclear) this.#clear();
+    this.#keys.push(key);
+    if (this.#listens && this.#keys.length === 1) this.#hear();
   }
 
   /** The caller hangs up. */
   hangUp(): void {
-    if (this.#commands.blocks) return void this.#deferred.push(() => this.hangUp());
     if (this.#over || this.#gone) return;
     this.#note("caller", "hangs up");
     this.#gone = true;
-    this.#clock.cancel(this.#frame);
-    this.#playing = undefined;
-    if (this.#busy) this.#unblock();
-    if (!this.#has("i")) {
-      this.#emit("H");
-      return this.#finish("hungup");
+    this.#keys = [];
+    this.#audio?.stop();
+    if (this.#sending) {
+      this.#clock.cancel(this.#sending.timer);
+      return this.#sending.hungUp();
     }
-    this.#emit("I", "HANGUP");
-    this.#service();
+    this.#hungUp = true;
+    this.#loop();
   }
 
   /**
@@ -301,9 +314,7 @@ export class Asterisk {
     this.#note("log", text);
   }
 
-  /** Writes an event, once Asterisk is not busy. */
   #emit(tag: string, data?: string): void {
-    if (this.#busy) return void this.#busy.held.push(() => this.#emit(tag, data));
     const timestamp = Math.floor(this.#epoch + this.at) | 0; // 32 bits, as Asterisk counts
     const line = `${tag},${String(timestamp).padStart(10)}${data === undefined ? "" : `,${data}`}`;
     this.#note("event", line);
@@ -311,21 +322,48 @@ export class Asterisk {
   }
 
   #finish(left: Left): void {
-    if (this.#over) return;
     this.#over = true;
-    this.#clock.cancel(this.#frame);
-    this.#clock.cancel(this.#reacting);
-    this.#clock.cancel(this.#busy?.timer);
-    for (const timer of this.#planned) this.#clock.cancel(timer);
-    this.#playing = undefined;
-    this.#playlist = [];
+    this.#audio?.stop();
+    for (const timer of [this.#reacting, this.#sending?.timer, this.#listening, ...this.#planned]) {
+      this.#clock.cancel(timer);
+    }
     this.#note("ends", left);
-    this.#writer.close().catch(() => {}).then(() => this.#reader.cancel())
-      .catch(() => {});
+    this.#writer.close().catch(() => {}).then(() => this.#readers.map((reader) => reader.cancel().catch(() => {})));
     this.#leave(left);
   }
 
+  // The caller's keys --------------------------------------------------------------------------------------
+
+  get #listens(): boolean {
+    return !!this.#sending || this.#up && !this.#blocked;
+  }
+
+  /** Takes a key, which gets lost while others are sent. */
+  #hear(): void {
+    const key = this.#keys.shift()!;
+    if (this.#sending) return;
+    this.#emit(key);
+    if (this.#autoclear) this.#clear();
+  }
+
+  /** Takes the keys that have waited, if Asterisk listens again. */
+  #listen(time: number = LATE_KEY): void {
+    if (this.#over || this.#listening !== undefined || !this.#keys.length) return;
+    this.#listening = this.#clock.after(time, () => {
+      this.#listening = undefined;
+      if (!this.#listens) return;
+      if (this.#keys.length) this.#hear();
+      this.#listen(NEXT_LATE_KEY);
+    });
+  }
+
   // The playlist -------------------------------------------------------------------------------------------
+
+  #answered(): void {
+    this.#note("answers", "");
+    this.#look();
+    this.#listen();
+  }
 
   #lengthOf(file: string): number | undefined {
     const { sounds, unreadable } = this.#options;
@@ -337,97 +375,124 @@ export class Asterisk {
     return length;
   }
 
-  /** What `I`, `S` and, with autoclear, a key do. Until the next frame Asterisk does not know that it stopped. */
+  /** What `I`, `S` and, with autoclear, a key do. */
   #clear(): void {
     const playing = this.#playing && !this.#aborted ? this.#playlist.shift() : undefined;
     if (playing !== undefined) this.#emit("T", this.#version < 1.8 ? undefined : playing);
     for (const file of this.#playlist.splice(0)) this.#emit("D", file);
-    if (this.#playing) this.#aborted = true;
-    this.#look();
-  }
-
-  /** Looks at the playlist with the next frame, unless something plays on. */
-  #look(): void {
-    if (this.#playing && !this.#aborted) return;
-    this.#clock.cancel(this.#frame);
-    this.#frame = this.#clock.after(FRAME, () => this.#next());
-  }
-
-  #next(): void {
-    this.#aborted = false;
-    this.#playing = undefined;
-    for (let file; (file = this.#playlist[0]) !== undefined; this.#playlist.shift()) {
-      if (this.#options.unreadable?.includes(file)) {
-        this.#logs(`File '${file}' could not be opened`);
-        continue;
-      }
-      const length = this.found.get(file)!; // known since it was queued
-      this.#playing = { file, since: this.at, length };
-      this.#note("plays", file);
-      this.#frame = this.#clock.after(micros(length), () => this.#finished(file));
-      return;
+    if (this.#playing && !this.#aborted) {
+      this.#aborted = true;
+      this.#audio?.stop();
+      this.#look();
     }
   }
 
-  #finished(file: string): void {
-    this.#playlist.shift();
-    this.#next();
-    this.#emit("F", file);
+  /** Has the next frame look at the playlist, unless something plays or nothing could come of it. */
+  #look(): void {
+    const silence = !this.#aborted && !this.#playlist.length && !this.#options.unreadable?.includes(SILENCE);
+    if (silence || this.#mute || this.#gone || this.#audio?.goesOn) return;
+    this.#audio = new Audio(this.#clock, FRAME, () => this.#next(false));
   }
 
-  // The commands -------------------------------------------------------------------------------------------
-
-  async #read(): Promise<void> {
-    try {
-      for (;;) {
-        const { done, value } = await this.#reader.read();
-        if (done) break;
-        this.#commands.arrived += latin1(value!);
-        this.#react();
-      }
-    } catch { /* a reset is an end */ }
-    this.#commands.ended = true;
-    this.#react();
+  /** What Asterisk does for the next frame, when what played has ended, or was stopped, or there was silence. */
+  #next(ended: boolean): void {
+    let frame = !ended && this.#open();
+    if (!frame) {
+      // Of no length, and over as soon as it began
+      if (this.#playing) this.#finished.push(this.#playlist.shift()!);
+      frame = this.#open();
+      this.#mute = !frame; // it does not try a second time
+    }
+    if (frame && this.#playing) {
+      this.#audio = new Audio(this.#clock, micros(this.#playing.length), () => this.#next(true));
+    }
+    this.#loop();
   }
 
-  async #readErrors(stderr: Source): Promise<void> {
-    const reader = stderr.getReader();
-    let rest = "";
-    try {
-      for (;;) {
-        const { done, value } = await reader.read();
-        const lines = (rest + latin1(value)).split("\n");
-        rest = done ? "" : lines.pop()!;
-        for (const line of lines) if (line) this.#logs(`stderr: ${fromLatin1(line).trim()}`);
-        if (done) return;
+  /** Opens the next file, or silence. Whether there is a frame in it. */
+  #open(): boolean {
+    this.#aborted = false;
+    this.#playing = undefined;
+    for (const file of [...this.#playlist, SILENCE]) {
+      if (this.#options.unreadable?.includes(file)) {
+        this.#logs(`File '${file}' could not be opened`);
+        this.#playlist.shift();
+        continue;
       }
-    } catch { /* the program is gone */ }
+      if (!this.#playlist.length) return true;
+      const length = this.found.get(file)!; // known since it was queued
+      this.#playing = { file, since: this.at, length };
+      this.#note("plays", file);
+      return length > 0;
+    }
+    return false;
+  }
+
+  // The loop -----------------------------------------------------------------------------------------------
+
+  #read(source: Source): Descriptor {
+    const descriptor = new Descriptor(this.#version);
+    const reader = source.getReader();
+    this.#readers.push(reader);
+    (async () => {
+      try {
+        for (let chunk; !(chunk = await reader.read()).done;) {
+          descriptor.arrived += latin1(chunk.value!);
+          this.#react();
+        }
+      } catch { /* a reset is an end */ }
+      descriptor.ended = true;
+      this.#react();
+    })();
+    return descriptor;
   }
 
   #react(): void {
     if (this.#over) return;
     this.#reacting ??= this.#clock.after(REACTION, () => {
       this.#reacting = undefined;
-      this.#service();
+      this.#loop();
     });
   }
 
-  /** Carries out a line for each look at what has arrived. */
-  #service(): void {
-    while (!this.#over && !this.#busy && this.#commands.ready) {
-      const line = this.#commands.gets();
-      if (line === undefined) return; // blocked until the rest of the line comes
+  /**
+   * Does what Asterisk's thread does turn after turn, until it has to wait: tells that the caller is gone, tells what has
+   * finished, and carries out one line. A `D` and half a line stop all that.
+   */
+  #loop(): void {
+    while (!this.#over && !this.#sending) {
+      if (!this.#blocked && this.#gone && !this.#told) {
+        this.#told = true;
+        if (!this.#has("i")) {
+          this.#emit("H");
+          return this.#finish("hungup");
+        }
+        this.#emit("I", "HANGUP");
+      }
+      if (!this.#blocked) { for (const file of this.#finished.splice(0)) this.#emit("F", file); }
+      const from = this.#blocked ?? [this.#errors, this.#commands].find((descriptor) => descriptor?.ready);
+      if (!from) return;
+      const line = from.gets();
+      if (line === undefined) {
+        this.#blocked = from;
+        return this.#audio?.pause();
+      }
+      if (this.#blocked) {
+        this.#blocked = undefined;
+        if (!this.#gone) this.#audio?.resume();
+      }
       if (!line) {
         this.#logs("Child process went away");
         return this.#finish("hungup");
       }
-      this.#carryOut(line);
-      for (const act of this.#deferred.splice(0)) act();
+      const text = line.replace(/\0.*$/s, "").replace(/[\x01- ]+$/, "");
+      if (from === this.#errors) this.#logs(`stderr: ${fromLatin1(text.replace(/^[\x01- ]+/, ""))}`);
+      else this.#carryOut(text);
+      this.#listen();
     }
   }
 
-  #carryOut(bytes: string): void {
-    const line = bytes.replace(/\0.*$/s, "").replace(/[\0- ]+$/, "");
+  #carryOut(line: string): void {
     if (!line) return;
     this.#note("command", fromLatin1(line));
     if (line.length < (this.#version < 1.8 ? 4 : 3)) return;
@@ -437,6 +502,7 @@ export class Asterisk {
         return this.#checked("Queue re'S'et", text, () => {
           this.#clear();
           this.#playlist.push(text);
+          this.#look();
         });
       case "A":
         return this.#checked("Queue 'A'ppend", text, () => {
@@ -453,14 +519,15 @@ export class Asterisk {
         });
       case "T":
         if (this.#up) return;
-        if (this.#has("d") || this.#options.answerable === false) {
+        if (this.#gone || this.#options.answerable === false) {
           this.#logs("Failed to answer channel");
           return this.#emit("Z", "ANSWER_FAILURE");
         }
         this.#up = true;
-        return this.#note("answers", "");
+        return this.#answered();
       case "D":
-        return this.#press(text);
+        if (this.#version < 1.8) return;
+        return this.#send(split(line.slice(2)));
       case "V":
         for (const variable of text.split(",")) {
           const [, name = "", value] = /^([^=]*)=?(.*)$/s.exec(variable)!;
@@ -486,13 +553,12 @@ export class Asterisk {
         this.#emit("H");
         return this.#finish("hungup");
       case "E":
-        this.#logs(`Exiting: ${text}`);
-        this.#emit("E");
-        return this.#finish("continued");
       case "X":
         this.#logs(`Exiting: ${text}`);
-        this.#logs("e'X'it command is deprecated, use 'E'xit instead");
-        return this.#finish("continued");
+        if (line[0] === "E") this.#emit("E");
+        else this.#logs("e'X'it command is deprecated, use 'E'xit instead");
+        // The dialplan of a channel that was hung up does not go on, unless it began there
+        return this.#finish(this.#gone && !this.#has("d") ? "hungup" : "continued");
     }
   }
 
@@ -509,26 +575,39 @@ export class Asterisk {
     act();
   }
 
-  /** Presses keys toward the caller, and does nothing else meanwhile. */
-  #press(text: string): void {
-    if (this.#version < 1.8) return;
-    const [keys = "", ...times] = text.split(",");
-    const [interval = 0, duration = 0] = times.map((time) => Number.parseInt(time) || 0);
-    const between = interval || 250;
-    this.#logs(`Sending DTMF: ${keys} ${between} ${duration}`);
-    if (this.#gone) return;
-    this.#note("sends", keys);
-    const pauses = [...keys].map((key) => key === "w" ? 500 : key === "W" ? 1000 : Math.max(duration, 100) + between);
-    const ms = pauses.reduce((sum, ms) => sum + ms, 100);
-    this.#busy = { timer: this.#clock.after(ms * 1000, () => this.#unblock()), held: [] };
-  }
-
-  #unblock(): void {
-    const { timer, held } = this.#busy!;
-    this.#clock.cancel(timer);
-    this.#busy = undefined;
-    for (const emit of held) emit();
-    this.#react();
+  /** Presses keys toward the caller, one after the other, and does nothing else meanwhile. */
+  #send([keys = "", interval = "", ...rest]: string[]): void {
+    const between = Math.max(0, lengthOfTime(interval)) || 250;
+    const duration = lengthOfTime(rest.join());
+    this.#logs(`Sending DTMF: ${fromLatin1(keys)} ${between} ${duration}`);
+    if (this.#has("d")) return;
+    this.#note("sends", fromLatin1(keys));
+    const sent = (): void => {
+      this.#sending = undefined;
+      this.#loop();
+    };
+    // A hangup ends a pause, and with it all. It ends a key as well, but is forgotten then
+    const wait = (ms: number, then: () => void, hungUp = sent): void => {
+      if (!this.#hungUp) this.#sending = { timer: this.#clock.after(ms * 1000, then), hungUp };
+      else {
+        this.#hungUp = false;
+        hungUp();
+      }
+    };
+    let at = 0;
+    const next = (): void => {
+      for (let key; (key = keys[at++]);) {
+        const pause = () => wait(between, next);
+        if (key === "w") return wait(500, next);
+        if (key === "W") return wait(1000, next);
+        if (/[fF]/.test(key)) return pause();
+        if (/[0-9*#a-dA-D]/.test(key)) return wait(duration < 0 ? Infinity : Math.max(duration, 100), pause, pause);
+        this.#logs(`Illegal DTMF character '${fromLatin1(key)}' in string. (0-9*#aAbBcCdD allowed)`);
+      }
+      sent();
+    };
+    wait(100, next);
+    this.#listen();
   }
 
   /** Channel variables before globals, no functions, cut as Asterisk's buffer cuts. */
@@ -543,14 +622,59 @@ export class Asterisk {
   }
 }
 
+/** A length of time in milliseconds: a number, and perhaps its unit. What is none is 0. */
+function lengthOfTime(text: string): number {
+  const [, number, unit = "ms"] = /^\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)\s*(ms|[hms])?$/i.exec(text) ?? [];
+  if (number === undefined) return 0;
+  const ms = { h: 3600e3, m: 60e3, s: 1e3, ms: 1 }[unit.toLowerCase()]!;
+  return Math.min(Math.trunc(Number(number) * ms), 2 ** 31 - 1);
+}
+
+/** Audio that goes on for a time, unless it is paused. */
+class Audio {
+  #clock: Clock;
+  #left: number;
+  #since = 0;
+  #timer: unknown;
+  #end: () => void;
+
+  constructor(clock: Clock, length: number, end: () => void) {
+    this.#clock = clock;
+    this.#left = length;
+    this.#end = end;
+    this.resume();
+  }
+
+  get goesOn(): boolean {
+    return this.#timer !== undefined;
+  }
+
+  resume(): void {
+    this.#since = this.#clock.now();
+    this.#timer = this.#clock.after(this.#left, () => {
+      this.#timer = undefined;
+      this.#end();
+    });
+  }
+
+  pause(): void {
+    if (!this.goesOn) return;
+    this.#left -= this.#clock.now() - this.#since;
+    this.stop();
+  }
+
+  stop(): void {
+    this.#clock.cancel(this.#timer);
+    this.#timer = undefined;
+  }
+}
+
 /** What Asterisk reads lines from. Bytes are characters here, U+0000 to U+00FF. */
 class Descriptor {
   /** What it could read. */
   arrived = "";
   /** Whether nothing more arrives. */
   ended = false;
-  /** Whether it waits for the rest of a line, and does nothing else meanwhile. */
-  blocks = false;
   /** What it has read. */
   #read = "";
   #stalls: boolean;
@@ -565,10 +689,11 @@ class Descriptor {
     return this.arrived !== "" || this.ended;
   }
 
-  /** A line with its newline, 1023 bytes of one that is longer, nothing at the end; `undefined` waits for the rest of it. */
+  /**
+   * A line with its newline, 1023 bytes of one that is longer, what is left at the end, and then nothing; `undefined` when
+   * the rest of it has not arrived.
+   */
   gets(): string | undefined {
-    const room = this.#stalls ? 2048 : 1023;
-    this.blocks = false;
     for (;;) {
       const newline = this.#read.indexOf("\n") + 1;
       if (newline || this.#read.length >= 1023 || !this.arrived && this.ended) {
@@ -576,10 +701,9 @@ class Descriptor {
         this.#read = this.#read.slice(line.length);
         return line;
       }
-      this.blocks = !this.arrived;
-      if (this.blocks) return undefined;
-      let size = room - this.#read.length;
-      if (!this.#stalls) size = Math.min(size, this.arrived.indexOf("\n") + 1 || size);
+      if (!this.arrived) return undefined;
+      let size = 2048 - this.#read.length;
+      if (!this.#stalls) size = Math.min(1023 - this.#read.length, this.arrived.indexOf("\n") + 1 || size);
       this.#read += this.arrived.slice(0, size);
       this.arrived = this.arrived.slice(size);
     }
