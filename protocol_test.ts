@@ -2227,7 +2227,7 @@ async function served(
   };
 }
 
-async function connected(port: number): Promise<Streams> {
+async function connected(port: number): Promise<Omit<Streams, "stderr">> {
   const socket = connect({ port, host: "127.0.0.1", noDelay: true, allowHalfOpen: true });
   await new Promise((resolve) => socket.once("connect", resolve));
   return Duplex.toWeb(socket) as unknown as Streams;

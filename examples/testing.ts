@@ -211,12 +211,14 @@ function returnTimers(): void {
 // Calls in a time of their own
 // ---------------------------------------------------------------------------------------------------------
 
-/** A pair of streams, as an IVR gets it. */
+/** What an IVR gets: a pair of streams, and a third where it is a program. */
 export interface Streams {
   /** The events. */
   readable: ReadableStream<Uint8Array>;
   /** The commands. */
   writable: WritableStream<Uint8Array>;
+  /** Lines for Asterisk's log, where the application is no `ivr://`. */
+  stderr?: WritableStream<Uint8Array>;
 }
 
 /** What goes wrong on the way between Asterisk and the IVR. */
@@ -249,8 +251,8 @@ export interface Recording extends Dialplan {
   globals: Record<string, string>;
   /** `[at, "press", keys]`, each key held 100 ms, 150 ms between keys; `[at, "hangup"]`. */
   caller: CallerAction[];
-  /** `[at, text]` sent in one write; `null` ends the commands. */
-  steps: (readonly [at: number, text: string | null])[];
+  /** `[at, text]` sent in one write; `null` ends the commands. With `"stderr"` that is where a program wrote it. */
+  steps: (readonly [at: number, text: string | null, to?: "stderr"])[];
   /** `[at, line]` each line that came back. */
   received: (readonly [at: number, line: string])[];
   /** When and how the events ended. */
@@ -270,6 +272,9 @@ export class CallError extends Error {
   /** Always `"CallError"`. */
   override name = "CallError";
 }
+
+/** As much as a socket's buffers hold, or more. */
+const ROOM = { highWaterMark: 1000 };
 
 /** A step that takes an hour of the call's time waits for what never comes: wake-ups go on for ever. */
 const PATIENCE = 3600e6;
@@ -291,7 +296,10 @@ function answered(handler: (ivr: Ivr) => unknown): (streams: Streams) => Promise
   return (streams) => answer(streams, async (ivr) => void await handler(ivr));
 }
 
-/** Places a call to a handler that takes the streams themselves. */
+/**
+ * Places a call to a handler that takes the streams themselves. Where the application is a program, it exits when the handler
+ * is done.
+ */
 export function dialStreams(
   handler: (streams: Streams) => unknown,
   options?: DialOptions,
@@ -309,7 +317,7 @@ export class Call {
   readonly notes: Note[] = [];
 
   #options: DialOptions;
-  #steps: [number, string | null][] = [];
+  #steps: [at: number, text: string | null, to?: "stderr"][] = [];
   #received: [number, string][] = [];
   #caller: CallerAction[] = [];
   #heard = 0;
@@ -326,7 +334,8 @@ export class Call {
   ) {
     this.#options = options;
     this.clock = options.clock ?? new VirtualClock();
-    const { ivr, host, gone } = this.#connect(options.faults ?? {});
+    const program = !(options.application ?? "ivr://").startsWith("ivr://");
+    const { ivr, host, exit } = this.#connect(program, options.faults ?? {});
     this.host = new Asterisk(host, {
       ...options,
       clock: this.clock,
@@ -344,8 +353,8 @@ export class Call {
       } catch (error) {
         this.#handler = "failed";
         this.#failure = error;
-        gone();
       }
+      if (program || this.#handler === "failed") exit();
       await this.host.left;
       await this.clock.settle(); // the streams close
     });
@@ -495,12 +504,13 @@ export class Call {
     return "nothing more can happen (a handler that awaits a file or a request needs VirtualClock.hold)";
   }
 
-  /** Two pipes as long as a socket's buffers, with what goes wrong in them. */
+  /** The streams of both sides, with what goes wrong between them, and what ends all that go to Asterisk. */
   #connect(
+    program: boolean,
     { chunk = Infinity, resetAfter, endAfter, readDelay }: Faults,
-  ): { ivr: Streams; host: Streams; gone: () => void } {
-    const room = { highWaterMark: 1000 };
-    let toHost: TransformStreamDefaultController<Uint8Array>;
+  ): { ivr: Streams; host: ConstructorParameters<typeof Asterisk>[0]; exit: () => void } {
+    const commands = this.#pipe(readDelay);
+    const errors = program ? this.#pipe(readDelay, "stderr") : undefined;
     let sent = 0;
     const events = new TransformStream<Uint8Array, Uint8Array>(
       {
@@ -518,35 +528,53 @@ export class Call {
             if (sent === endAfter) return controller.terminate();
             if (sent === resetAfter) {
               const reset = new Error("Connection reset by peer");
-              toHost.error(reset);
+              commands.reset(reset);
               return controller.error(reset);
             }
           }
         },
       },
-      room,
-      room,
-    );
-    const commands = new TransformStream<Uint8Array, Uint8Array>(
-      {
-        start: (controller) => void (toHost = controller),
-        transform: async (bytes, controller) => {
-          if (readDelay === Infinity) await new Promise(() => {});
-          if (readDelay) {
-            await new Promise<void>((resolve) => this.clock.after(readDelay * 1e6, resolve));
-          }
-          this.#steps.push([this.host.at, latin1(bytes)]);
-          controller.enqueue(bytes);
-        },
-        flush: () => void this.#steps.push([this.host.at, null]),
-      },
-      room,
-      room,
+      ROOM,
+      ROOM,
     );
     return {
-      ivr: { readable: events.readable, writable: commands.writable },
-      host: { readable: commands.readable, writable: events.writable },
-      gone: () => toHost.terminate(),
+      ivr: { readable: events.readable, writable: commands.writable, ...errors && { stderr: errors.writable } },
+      host: { readable: commands.readable, writable: events.writable, ...errors && { stderr: errors.readable } },
+      exit: () => [commands, errors].forEach((pipe) => pipe?.exit()),
+    };
+  }
+
+  /** A stream to Asterisk, which records what goes through. */
+  #pipe(delay?: number, to?: "stderr") {
+    let controller!: TransformStreamDefaultController<Uint8Array>;
+    let ended = false;
+    const step = (text: string | null) => {
+      ended = text === null;
+      this.#steps.push(to ? [this.host.at, text, to] : [this.host.at, text]);
+    };
+    const { readable, writable } = new TransformStream<Uint8Array, Uint8Array>(
+      {
+        start: (own) => void (controller = own),
+        transform: async (bytes) => {
+          if (delay === Infinity) await new Promise(() => {});
+          if (delay) await new Promise<void>((resolve) => this.clock.after(delay * 1e6, resolve));
+          step(latin1(bytes));
+          controller.enqueue(bytes);
+        },
+        flush: () => step(null),
+      },
+      ROOM,
+      ROOM,
+    );
+    return {
+      readable,
+      writable,
+      reset: (error: Error) => controller.error(error),
+      exit: () => {
+        if (ended) return;
+        step(null);
+        controller.terminate();
+      },
     };
   }
 }
@@ -576,18 +604,20 @@ export async function replay(
   const at = received[0]?.[0] ?? 0;
   let stopped: number | undefined;
 
-  const perform = async ({ readable, writable }: Streams) => {
-    const writer = writable.getWriter();
-    const reading = readable.pipeTo(new WritableStream()).catch(() => {}); // the call is over either way
-    for (const [at, text] of steps) {
+  const perform = async ({ readable, writable, stderr }: Streams) => {
+    const writers = { stdout: writable.getWriter(), stderr: stderr?.getWriter() };
+    const send = (text: string | null, to: "stdout" | "stderr" = "stdout") =>
+      (text === null ? writers[to]?.close() : writers[to]?.write(new Uint8Array(Buffer.from(text, "latin1"))))
+        ?.catch(() => {}); // the call may be over
+    const reading = readable.pipeTo(new WritableStream()).catch(() => {});
+    for (const [at, text, to] of steps) {
       await new Promise((resolve) => setTimeout(resolve, (at - call.host.at) * 1000));
-      await (text === null ? writer.close() : writer.write(new Uint8Array(Buffer.from(text, "latin1"))))
-        .catch(() => {});
+      await send(text, to);
     }
     if (!ended) {
       await new Promise((resolve) => setTimeout(resolve, 2000));
       stopped = call.host.at;
-      await writer.close();
+      await Promise.all([send(null), send(null, "stderr")]);
     }
     await reading;
   };
@@ -599,7 +629,8 @@ export async function replay(
   await call.over();
   const now = call.recording();
   if (stopped === undefined) return now;
-  return { ...now, received: now.received.filter(([at]) => at <= stopped!), ended: null };
+  const before = ([at]: readonly [number, string]) => at <= stopped!;
+  return { ...now, received: now.received.filter(before), ended: now.ended && before(now.ended) ? now.ended : null };
 }
 
 /** The same with every text, and every name, in another form. */
