@@ -485,8 +485,8 @@ export class Asterisk {
         this.#logs("Child process went away");
         return this.#finish("hungup");
       }
-      const text = line.replace(/\0.*$/s, "").replace(/[\x01- ]+$/, "");
-      if (from === this.#errors) this.#logs(`stderr: ${fromLatin1(text.replace(/^[\x01- ]+/, ""))}`);
+      const text = line.replace(/\0.*$/s, "").replace(/[^!-\xff]+$/, "");
+      if (from === this.#errors) this.#logs(`stderr: ${fromLatin1(text.replace(/^[^!-\xff]+/, ""))}`);
       else this.#carryOut(text);
       this.#listen();
     }
