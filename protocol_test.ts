@@ -2357,6 +2357,24 @@ test("phone: calls a program, scripted, and its exit status is where the call we
   assert.match(nobody.err, /Could not connect/);
 });
 
+test("phone: tells what became of each prompt, and ends without a word when nobody reads on", async () => {
+  const child = spawn(process.execPath, [
+    ...runtime,
+    example("phone.ts"),
+    ...["--sound", "hello-world=0.05", "--caller", "1 1234#2", program("menu.ts")],
+  ], { stdio: ["ignore", "pipe", "pipe"] });
+  const closed = new Promise((resolve) => child.once("close", resolve));
+  let [out, err] = ["", ""];
+  child.stderr.on("data", (data) => err += data);
+  child.stdout.on("data", (data) => {
+    out += data;
+    if (/hello-world finished/.test(out)) child.stdout.destroy(); // and it goes on writing
+  });
+  await closed;
+  assert.match(out, /<-- Z,\d+,agent-user {2}\(agent-user missing\)\n/);
+  assert.equal(err, "");
+});
+
 test("phone: wrong use is answered with what is wrong, and help with help", async () => {
   const wrong: [string[], RegExp][] = [
     [[], /nobody to call/],

@@ -17,7 +17,7 @@ import process from "node:process";
 import { Readable } from "node:stream";
 import { fileURLToPath } from "node:url";
 import { parseArgs } from "node:util";
-import type { Digit, Sink, Source } from "../mod.ts";
+import { type Digit, parseEvent, type Sink, type Source } from "../mod.ts";
 import {
   Asterisk,
   type CallerAction,
@@ -283,10 +283,19 @@ async function reach(application: string): Promise<Socket> {
 // The screen
 // ---------------------------------------------------------------------------------------------------------
 
+/** What became of a prompt, if an event tells. */
+function outcome({ kind, text }: Note): string | undefined {
+  const event = parseEvent(kind === "event" ? text : "");
+  if (event.type === "failed") return event.reason && `${event.reason} missing`;
+  const told = event.type === "finished" || event.type === "interrupted" || event.type === "dropped";
+  return told && event.file ? `${event.file} ${event.type}` : undefined;
+}
+
 /** What happens, a line each. */
 function printPlainly(note: Note): void {
   const line = transcript([note]);
-  if (line) console.log(line);
+  const told = outcome(note);
+  if (line) console.log(told ? `${line}  (${printable(told)})` : line);
 }
 
 /** The call as it stands, drawn over and over in the same place. */
@@ -334,7 +343,7 @@ class Screen {
       `  ${state.padEnd(12)} ${host.at.toFixed(1)} s`,
       `  playing      ${this.#bar(host, width - 15)}`,
       `  waiting      ${host.waiting.join("  ") || "-"}`,
-      `  heard        ${last(texts("plays"), width - 15)}`,
+      `  heard        ${last(this.#notes.flatMap((note) => outcome(note) ?? []), width - 15)}`,
       `  keys         ${
         texts("caller").map((text) => /^presses (.)$/.exec(text)?.[1] ?? "")
           .join(" ").trim() || "-"
@@ -398,6 +407,7 @@ async function call(
     process.exit(status);
   };
   process.on("SIGINT", hangUp).on("SIGTERM", hangUp);
+  stdout.on("error", () => leave(1)); // nobody reads on: `phone.ts … | head`
   if (stdin.isTTY) {
     stdin.setRawMode(true);
     stdin.setEncoding("utf8").on("data", (typed) => {
