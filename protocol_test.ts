@@ -16,6 +16,7 @@ import { Live, type LiveCall, type LiveOptions, type Over, place } from "./.ci/a
 import { record, recordings, untimed } from "./.ci/record.ts";
 import { Asterisk, type CallerAction, type Dialplan, parseDialplan } from "./examples/asterisk.ts";
 import { menu, webStreams } from "./examples/menu.ts";
+import { tap, type Tapped } from "./examples/tap.ts";
 import {
   type Call,
   CallError,
@@ -1992,6 +1993,84 @@ test("menu: a hundred random conversations each end as their caller ended them",
     assert.equal(left, hungUp ? "hungup" : "continued");
     assert.deepEqual(ending, { by: !hungUp || options === "i" ? "exit" : "caller" });
   }));
+
+/** A random caller of the menu. */
+function randomCaller(random: Random): CallerAction[] {
+  const caller: CallerAction[] = [];
+  for (let at = 0.3; caller.length < 4; at += 2 + random.below(3000) / 1000) {
+    caller.push([at, "press", random.text("0123456789*#", 5) || "1"]);
+  }
+  if (random.below(2)) caller.push([random.below(20_000) / 1000, "hangup"]);
+  return caller;
+}
+
+test("tap: what passes is recorded as the kit records it, and plays again as it was", () =>
+  forAll(40, async (random) => {
+    let tapped!: Tapped;
+    const call = dialStreams((streams) => {
+      tapped = tap(streams, { now: () => call.host.at * 1000 });
+      return answer(tapped, menu);
+    }, {
+      application: "ivr://there",
+      args: random.of([[], ["sales"], ["support", "é"]]),
+      options: random.of(["", "i"]),
+      sounds: (file) => file === "digits/2" ? undefined : 0.3 + file.length / 5,
+    });
+    call.plan(randomCaller(random));
+    await call.over();
+    const [now, then] = [tapped.recording(), call.recording()];
+    const texts = (recording: Recording) => [
+      recording.received.map(([, line]) => line),
+      recording.steps.map(([, text]) => text).join("").trimEnd(),
+      [recording.application, recording.args, recording.variables],
+      recording.log.map((line) => line.replace(/^CONTINUED.*/s, "CONTINUED")).filter((line) =>
+        !/^Queue|^Option/.test(line)
+      ),
+    ];
+    assert.deepEqual(texts(now), texts(then));
+    assert.deepEqual(JSON.parse(JSON.stringify(now)), now);
+    // A key in the moment when a prompt ends may come before that or behind it
+    const ends = now.received.filter(([, line]) => line.startsWith("F")).map(([at]) => at);
+    if (now.caller.some(([at]) => ends.some((end) => Math.abs(at + 0.2 - end) < 0.2))) return;
+    const again = await replay(now, menu);
+    const untimed = ({ received }: Recording) => received.map(([, line]) => line.replace(/^(.), *-?\d+/, "$1"));
+    assert.deepEqual(untimed(again), untimed(now));
+    assert.deepEqual(texts(again)[3], texts(now)[3]);
+  }));
+
+test("tap: without values nothing of them is left, with a bound nothing beyond it, and a stream that breaks is an end", async () => {
+  const secrets = { ACCOUNT: "12345678", NAME: "Alice Žižková" };
+  const call = dialStreams(async (streams) => {
+    const tapped = tap(streams, { values: false, now: () => 0 });
+    const bounded = tap(tapped, { most: 100 });
+    await answer(bounded, async (ivr) => {
+      await ivr.params();
+      await ivr.get("NAME");
+      const { digits } = await ivr.gather({ maxDigits: 8 });
+      assert.equal(digits, secrets.ACCOUNT);
+      await ivr.set({ ACCOUNT: digits, OTHER: secrets.NAME });
+      await ivr.log(`account ${digits} of ${secrets.NAME}`);
+      await ivr.sendDtmf("5678");
+      await ivr.send({ type: "unknown", line: `Q,${secrets.NAME}` });
+      await ivr.exit(`account ${digits}`);
+    });
+    const written = JSON.stringify(tapped.recording());
+    for (const secret of ["12345678", "5678", "1234", "Alice", "secret argument", "account"]) {
+      assert.ok(!written.includes(secret), `${secret} in ${written}`);
+    }
+    assert.match(written, /"V,ACCOUNT=x{8},OTHER=x+\\n/);
+    const { received, steps, ended } = bounded.recording();
+    assert.ok(JSON.stringify([received, steps]).length < 1000);
+    assert.equal(ended, null);
+  }, { variables: { NAME: secrets.NAME }, args: ["secret argument"], epoch: 1 });
+  call.plan([[0.5, "press", secrets.ACCOUNT]]);
+  await call.over();
+
+  const broken = new ReadableStream<Uint8Array>({ start: (controller) => controller.error(new Error("reset")) });
+  const tapped = tap({ readable: broken, writable: new WritableStream() });
+  assert.equal((await answer(tapped, async () => {})).by, "disconnect");
+  assert.notEqual(tapped.recording().ended, null);
+});
 
 test("kit: a script that waits for what never comes fails at once, with the transcript", async () => {
   const call = dial(async (ivr) => {
