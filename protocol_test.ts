@@ -17,6 +17,7 @@ import { record, recordings, untimed } from "./.ci/record.ts";
 import { Asterisk, type CallerAction, type Dialplan, parseDialplan } from "./examples/asterisk.ts";
 import { menu, webStreams } from "./examples/menu.ts";
 import { tap, type Tapped } from "./examples/tap.ts";
+import * as say from "./examples/say.ts";
 import {
   type Call,
   CallError,
@@ -2283,7 +2284,202 @@ test("stand-in: any bytes, in any chunks, and the call still ends", () =>
   }));
 
 // ---------------------------------------------------------------------------------------------------------
-// 8. Over TCP, over stdio, and through the telephone: the wall's time, and little of it
+// 8. Say
+// ---------------------------------------------------------------------------------------------------------
+
+/** Applications of the dialplan, and what a live Asterisk played for them: without `digits/` where they begin with it. */
+const SAID: [application: string, played: string][] = [
+  ["SayNumber(0)", "0"],
+  ["SayNumber(7)", "7"],
+  ["SayNumber(13)", "13"],
+  ["SayNumber(20)", "20"],
+  ["SayNumber(21)", "20 1"],
+  ["SayNumber(99)", "90 9"],
+  ["SayNumber(100)", "1 hundred"],
+  ["SayNumber(101)", "1 hundred 1"],
+  ["SayNumber(110)", "1 hundred 10"],
+  ["SayNumber(999)", "9 hundred 90 9"],
+  ["SayNumber(1000)", "1 thousand"],
+  ["SayNumber(1001)", "1 thousand 1"],
+  ["SayNumber(1234)", "1 thousand 2 hundred 30 4"],
+  ["SayNumber(10010)", "10 thousand 10"],
+  ["SayNumber(999999)", "9 hundred 90 9 thousand 9 hundred 90 9"],
+  ["SayNumber(1000000)", "1 million"],
+  ["SayNumber(1000100)", "1 million 1 hundred"],
+  ["SayNumber(-5)", "minus 5"],
+  ["SayNumber(-1000000000)", "minus 1 billion"],
+  ["SayNumber(2147483646)", "2 billion 1 hundred 40 7 million 4 hundred 80 3 thousand 6 hundred 40 6"],
+  ["SayNumber(-2147483646)", "minus 2 billion 1 hundred 40 7 million 4 hundred 80 3 thousand 6 hundred 40 6"],
+  ["SayOrdinal(1)", "h-1"],
+  ["SayOrdinal(12)", "h-12"],
+  ["SayOrdinal(20)", "h-20"],
+  ["SayOrdinal(21)", "20 h-1"],
+  ["SayOrdinal(100)", "1 h-hundred"],
+  ["SayOrdinal(101)", "1 hundred h-1"],
+  ["SayOrdinal(1000)", "1 h-thousand"],
+  ["SayOrdinal(1100)", "1 thousand 1 h-hundred"],
+  ["SayOrdinal(2000000)", "2 h-million"],
+  ["SayOrdinal(-30)", "minus h-30"],
+  ["SayDigits(0123456789)", "0 1 2 3 4 5 6 7 8 9"],
+  ["SayDigits(12*#)", "1 2 star pound"],
+  ["SayDigits(-5)", "minus 5"],
+  ["SayDigits(+1 (2) b)", "1 2"],
+  ["SayDigits(A)", ""],
+  ["SayAlpha(a1 .)", "letters/a 1 letters/space letters/dot"],
+  ["SayAlpha(Zed)", "letters/z letters/e letters/d"],
+  [
+    "SayAlpha(!#$*+-./=@)",
+    "letters/exclaimation-point pound letters/dollar star letters/plus letters/dash letters/dot letters/slash letters/equals letters/at",
+  ],
+  [
+    "SayAlpha(%&'(),:;)",
+    "letters/ascii37 letters/ascii38 letters/ascii39 letters/ascii40 letters/ascii41 letters/ascii44 letters/ascii58 letters/ascii59",
+  ],
+  [
+    "SayAlpha(<>?[\\]^_`)",
+    "letters/ascii60 letters/ascii62 letters/ascii63 letters/ascii91 letters/ascii92 letters/ascii93 letters/ascii94 letters/ascii95 letters/ascii96",
+  ],
+  ["SayAlpha({|}~)", "letters/ascii123 letters/ascii124 letters/ascii125 letters/ascii126"],
+  ["SayAlpha(a\té)", "letters/a"],
+  ["SayPhonetic(AZ az)", "phonetic/a_p phonetic/z_p letters/space phonetic/a_p phonetic/z_p"],
+  ["SayPhonetic(0189)", "0 1 8 phonetic/9_p"],
+  [
+    "SayPhonetic(!#$*+-./=@)",
+    "letters/exclaimation-point pound letters/dollar star letters/plus letters/dash letters/dot letters/slash letters/equals letters/at",
+  ],
+  ["SayPhonetic(_a)", "phonetic/a_p"],
+  ["SayUnixTime(0,UTC,IMp)", "12 oclock a-m"],
+  ["SayUnixTime(1751630759,UTC,IMp)", "12 oh 5 p-m"],
+  ["SayUnixTime(1751631000,Europe/Prague,IMp)", "2 10 p-m"],
+  ["SayUnixTime(1764116760,Europe/Prague,IMp)", "1 20 6 a-m"],
+  ["SayUnixTime(1751652900,Asia/Kolkata,IMp)", "11 40 5 p-m"],
+  ["SayUnixTime(-2177409600,UTC,ABdY)", "day-2 mon-0 h-1 19 oh 1"],
+  ["SayUnixTime(946681140,Europe/Prague,ABdY)", "day-5 mon-11 30 h-1 19 90 9"],
+  ["SayUnixTime(946681200,Europe/Prague,ABdY)", "day-6 mon-0 h-1 2 thousand"],
+  ["SayUnixTime(1709208000,UTC,ABdY)", "day-4 mon-1 20 h-9 2 thousand 20 4"],
+  ["SayUnixTime(4107549600,America/New_York,ABdY)", "day-0 mon-1 20 h-8 2 thousand 1 hundred"],
+  ["SayUnixTime(-1867320000,UTC,ABdY)", "day-0 mon-9 h-30 19 10"],
+  ["SayUnixTime(1774745999,Europe/Prague)", "day-0 mon-2 20 h-9 2 thousand 20 6 at 1 50 9 a-m"],
+  ["SayUnixTime(1774746000,Europe/Prague)", "day-0 mon-2 20 h-9 2 thousand 20 6 at 3 oclock a-m"],
+  ["SayUnixTime(2147483648,UTC)", "day-2 mon-0 h-19 2 thousand 30 8 at 3 14 a-m"],
+];
+
+/** What the module has Asterisk play instead of an application. */
+function said(application: string): string[] {
+  const [, name, text] = /^(\w+)\((.*)\)$/s.exec(application)!;
+  if (name === "SayNumber") return say.number(Number(text));
+  if (name === "SayOrdinal") return say.ordinal(Number(text));
+  if (name === "SayDigits") return say.digits(text!);
+  if (name === "SayAlpha") return say.alpha(text!);
+  if (name === "SayPhonetic") return say.phonetic(text!);
+  const [epoch, zone, format] = text!.split(",");
+  const sayTime = format === "IMp" ? say.time : format === "ABdY" ? say.date : say.dateTime;
+  return sayTime(new Date(Number(epoch) * 1000), zone);
+}
+
+test("say: what a live Asterisk played", () => {
+  for (const [application, played] of SAID) {
+    assert.equal(said(application).map((file) => file.replace(/^digits\//, "")).join(" "), played, application);
+  }
+});
+
+const LARGEST = 2 ** 31 - 2;
+
+/** A whole number of any size that can be said. */
+function sayable(random: Random): number {
+  const size = Math.min(10 ** (1 + random.below(10)), LARGEST + 1);
+  return random.below(size) * random.of([1, -1]) + 0;
+}
+
+test("say: whoever hears a number knows it", () =>
+  forAll(2000, (random) => {
+    const value = sayable(random);
+    const scales: Record<string, number> = { thousand: 1e3, million: 1e6, billion: 1e9 };
+    let total = 0, group = 0;
+    for (const file of say.number(value)) {
+      const word = file.replace("digits/", "");
+      if (word in scales) [total, group] = [total + group * scales[word]!, 0];
+      else if (word === "hundred") group *= 100;
+      else if (word !== "minus") group += Number(word);
+    }
+    assert.equal(total + group, Math.abs(value));
+    assert.equal(say.number(value)[0] === "digits/minus", value < 0);
+    if (value) {
+      assert.deepEqual(say.ordinal(value).map((file) => file.replace("/h-", "/")), say.number(value));
+    }
+  }));
+
+test("say: every character of ASCII has one file, in either case", () => {
+  for (let code = 32; code < 127; code++) {
+    const character = String.fromCharCode(code);
+    assert.equal(say.alpha(character).length, 1, character);
+    assert.deepEqual(say.alpha(character.toLowerCase()), say.alpha(character.toUpperCase()));
+    assert.equal(say.phonetic(character).length, /[a-z\d !#$*+\-./=@]/i.test(character) ? 1 : 0, character);
+    assert.equal(say.digits(character).length, /[\d*#-]/.test(character) ? 1 : 0, character);
+  }
+  assert.deepEqual(say.alpha("\0\x1f\x7fé𝄞\u212a\u017f"), []);
+});
+
+test("say: a time is that of its zone, and without one that of the system's", () => {
+  assert.deepEqual(say.dateTime(new Date("1900-12-31T15:00Z"), "Etc/GMT-9"), said("SayUnixTime(-2177452800,UTC)"));
+  return forAll(100, (random) => {
+    const when = new Date((random.below(200 * 365 * 1440) - 69 * 365 * 1440) * 60_000);
+    const there = new Date(when.getTime() - 5 * 3600_000);
+    assert.deepEqual(say.dateTime(when, "Etc/GMT+5"), say.dateTime(there, "UTC"));
+    assert.deepEqual(say.dateTime(when, "UTC"), [...say.date(when, "UTC"), "digits/at", ...say.time(when, "UTC")]);
+    assert.deepEqual(say.dateTime(when), say.dateTime(when, Intl.DateTimeFormat().resolvedOptions().timeZone));
+  });
+});
+
+test("say: what cannot be said is an error that names it", () => {
+  const wrong = (value: unknown) => value as never;
+  const whole = "it has to be a whole number from -2147483646 to 2147483646";
+  const early = "it has to be a time from 1901 on";
+  const cases: [() => string[], typeof RangeError, ...string[]][] = [
+    ...[1.5, NaN, Infinity, LARGEST + 1, -LARGEST - 1].flatMap((value): typeof cases => [
+      [() => say.number(value), RangeError, `Cannot say ${value}: ${whole}`],
+      [() => say.ordinal(value), RangeError, `Cannot say ${value}: ${whole}`],
+    ]),
+    [() => say.ordinal(0), RangeError, "Cannot say 0 as an ordinal: "],
+    [() => say.number(wrong("5")), TypeError, 'Cannot say "5": it has to be a number'],
+    [() => say.number(wrong(undefined)), TypeError, "Cannot say undefined: it has to be a number"],
+    ...[say.digits, say.alpha, say.phonetic].map((spell): typeof cases[number] => [
+      () => spell(wrong(5)),
+      TypeError,
+      "Cannot say 5: it has to be a string",
+    ]),
+    ...[say.time, say.date, say.dateTime].flatMap((sayTime): typeof cases => [
+      [() => sayTime(wrong(5), "UTC"), TypeError, "Cannot say 5: it has to be a Date"],
+      [() => sayTime(wrong({}), "UTC"), TypeError, "it has to be a Date"],
+      [() => sayTime(new Date(NaN), "UTC"), RangeError, `Cannot say Invalid Date: ${early}`],
+      [() => sayTime(new Date(-1e13), "UTC"), RangeError, `Cannot say ${new Date(-1e13)}: ${early}`],
+      [() => sayTime(new Date("1900-12-31T23:59:59Z"), "UTC"), RangeError, early],
+      [() => sayTime(new Date("1901-01-01T04:00Z"), "America/New_York"), RangeError, early],
+      [() => sayTime(new Date("-002025-07-04T12:00Z"), "UTC"), RangeError, early],
+      [() => sayTime(new Date(0), "Nowhere/Land"), RangeError, "Nowhere/Land"],
+    ]),
+  ];
+  for (const [speak, type, ...texts] of cases) {
+    assert.throws(speak, (error) => {
+      assert.ok(error instanceof type);
+      for (const text of texts) assert.ok(error.message.includes(text), error.message);
+      return true;
+    });
+  }
+});
+
+test("say: a prompt like any other", async () => {
+  const prompt = ["vm-youhave", ...say.number(1234)];
+  const call = dial(async (ivr) => {
+    assert.equal((await ivr.gather({ prompt, maxDigits: 1 })).digits, "5");
+  }, { sounds: Object.fromEntries(prompt.map((file) => [file, 1])) });
+  for (const file of prompt) await call.hears(file);
+  await call.press("5");
+  await call.over();
+});
+
+// ---------------------------------------------------------------------------------------------------------
+// 9. Over TCP, over stdio, and through the telephone: the wall's time, and little of it
 // ---------------------------------------------------------------------------------------------------------
 
 /** A TCP server for one test. Its end tells what the handlers threw, but for calls that ended. */
@@ -2570,7 +2766,7 @@ test("edge: a call over the relay and a WebSocket, and one that the caller ends"
 });
 
 // ---------------------------------------------------------------------------------------------------------
-// 9. Live: with an Asterisk 22, where there is one (`deno task live`)
+// 10. Live: with an Asterisk 22, where there is one (`deno task live`)
 // ---------------------------------------------------------------------------------------------------------
 
 /** A test with the live Asterisk, which has no channel in the end. */
@@ -2829,3 +3025,41 @@ live("a program that is killed, and a server that goes away", async (asterisk) =
   assert.deepEqual((await nobody.over).variables, { TRYSTATUS: "FAILED" });
   assert.deepEqual((await nobody.over).left, "continued");
 });
+
+/** The files that Asterisk plays for an application of the dialplan: in the language where they are over at once. */
+async function played(asterisk: Live, application: string): Promise<string[]> {
+  const call = await asterisk.call(bytes(application), { variables: { "CHANNEL(language)": "en_quick" } });
+  const { lines } = await call.over;
+  return lines.flatMap((line) => /^VERBOSE file\.c: .* Playing '(.*)\.\w+' /.exec(line)?.[1] ?? []);
+}
+
+live("say: what it gives is what Asterisk plays", (asterisk) =>
+  forAll(1, async (random) => {
+    const characters = [..."\té", ...Array.from({ length: 95 }, (_, i) => String.fromCharCode(32 + i))]
+      .filter((character) => !"{[".includes(character)); // behind a $ they would be the dialplan's
+    const zones = [
+      "UTC",
+      "Europe/Prague",
+      "America/New_York",
+      "America/St_Johns",
+      "Asia/Kolkata",
+      "Australia/Lord_Howe",
+    ];
+    const applications = SAID.map(([application]) => application);
+    for (let i = 0; i < 40; i++) {
+      const value = sayable(random);
+      applications.push(`SayNumber(${value})`, `SayOrdinal(${value || 1})`);
+      applications.push(`SayDigits(${random.text("0123456789*#-", 12)})`);
+      const text = `a${random.text(characters, 8)}z`;
+      applications.push(`SayAlpha(${text})`, `SayPhonetic(${text})`, `SayDigits(${text})`);
+      const time = `${(random.below(200 * 365 * 1440) - 68 * 365 * 1440) * 60},${random.of(zones)}`;
+      applications.push(...["", ",IMp", ",ABdY"].map((format) => `SayUnixTime(${time}${format})`));
+    }
+    while (applications.length) {
+      await Promise.all(
+        applications.splice(0, 50).map(async (application) => {
+          assert.deepEqual(await played(asterisk, application), said(application), application);
+        }),
+      );
+    }
+  }));
