@@ -22,6 +22,7 @@ import process from "node:process";
 import { Readable, type Writable } from "node:stream";
 import { parseArgs } from "node:util";
 import { answer, type Ivr, type Sink, type Source } from "../mod.ts";
+import * as say from "./say.ts";
 
 const DEPARTMENTS: Record<string, string> = { "1": "sales", "2": "support" };
 
@@ -38,7 +39,10 @@ export async function menu(ivr: Ivr): Promise<void> {
   if (choice) await ivr.set({ DEPARTMENT: choice });
 
   await ivr.log(`account ${account ? "known" : "unknown"}, department ${choice ?? "unknown"}`);
-  if (account) await ivr.play("auth-thankyou");
+  if (account) {
+    for (const file of say.alpha(account)) ivr.queue(file); // as digits, but a telephone may have the keys A to D
+    await ivr.queue("auth-thankyou");
+  }
   await ivr.exit();
 }
 
