@@ -154,6 +154,7 @@ function recordingOf(events: Passed[], commands: Passed[], values: boolean): Rec
   const set: Record<string, string> = {};
   const asked: string[][] = [];
   const least: Record<string, number> = {}; // how long the sounds are at least that never ended
+  const missing = new Set<string>();
   let effects: (() => void)[] = []; // of commands that are not known to be carried out
   let playlist: Prompt[] = [];
   let free = 0; // since when nothing else plays
@@ -188,7 +189,7 @@ function recordingOf(events: Passed[], commands: Passed[], values: boolean): Rec
     if (event.type === "failed" && event.reason !== undefined) {
       const i = playlist.map(({ file }) => file).lastIndexOf(event.reason);
       if (i < 0) return;
-      playlist.splice(i, 1);
+      missing.add(playlist.splice(i, 1)[0]!.file);
       effects.push(() => log.push(`Unknown file requested '${event.reason}'`));
     }
     if (event.type === "params") [recording.application = "", ...recording.args] = event.params;
@@ -217,7 +218,7 @@ function recordingOf(events: Passed[], commands: Passed[], values: boolean): Rec
   for (const [, run] of [...asks, ...told].sort(([a], [b]) => a - b)) run();
   const over = received.at(-1)?.[0] ?? 0;
   playlist.forEach(({ file }, i) => atLeast(file, i ? 0 : played(over)));
-  recording.sounds = { ...least, ...sounds };
+  recording.sounds = { ...Object.fromEntries(Object.entries(least).filter(([file]) => !missing.has(file))), ...sounds };
   recording.options = [...options].join("");
   if (end) log.push("HUNGUP");
   return recording;
