@@ -11,7 +11,7 @@ import process from "node:process";
 import { Duplex, Readable, Writable } from "node:stream";
 import { test } from "node:test";
 import { fileURLToPath } from "node:url";
-import { inspect } from "node:util";
+import { inspect, isDeepStrictEqual } from "node:util";
 import { Live, type LiveCall, type LiveOptions, type Over, place } from "./.ci/asterisk.ts";
 import { record, recordings, untimed } from "./.ci/record.ts";
 import { Asterisk, type CallerAction, type Dialplan, parseDialplan } from "./examples/asterisk.ts";
@@ -2785,9 +2785,18 @@ function live(name: string, body: (asterisk: Live) => Promise<void>): void {
 }
 
 live("the recordings are what Asterisk does", async (asterisk) => {
-  const recorded = recordings();
-  const now = await Promise.all(recorded.map((scenario) => record(asterisk, scenario)));
-  now.forEach((recording, i) => assert.deepEqual(untimed(recording), untimed(recorded[i]!), recorded[i]!.name));
+  await Promise.all(
+    recordings().map(async (recorded) => {
+      for (let tries = 1;; tries++) {
+        const now = untimed(await record(asterisk, recorded));
+        // On a machine that is busy a frame of audio may come too late for what was meant to follow it
+        if (tries === 3 || isDeepStrictEqual(now, untimed(recorded))) {
+          return assert.deepEqual(now, untimed(recorded), recorded.name);
+        }
+        console.error(`again: ${recorded.name}`);
+      }
+    }),
+  );
 });
 
 /** The same text as Asterisk's bytes, each a character. */

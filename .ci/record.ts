@@ -25,7 +25,7 @@ export interface RecordingFile extends Recording {
 }
 
 /** How long after its last step a call is given up that does not end, in milliseconds. */
-const ENDLESS = 2000;
+const ENDLESS = 5000;
 
 const wire = new URL("../examples/wire/", import.meta.url);
 
