@@ -1217,16 +1217,9 @@ export class Ivr extends Session {
   async #gather(options: GatherOptions): Promise<Gathered> {
     const { prompt = [], maxDigits, terminators = "#", timeout = 5000, bargeIn = true, signal } = options;
     const { interDigitTimeout = timeout, promptTimeout = 300_000 } = options;
-    let late = false;
-    let timer: Timer;
     const change = () => this.change();
-    const wait = (ms: number) => {
-      late = false;
-      clearTimeout(timer!);
-      timer = later(() => (late = true, change()), ms);
-    };
     const key = () => (this.take(isKey) as Key | undefined)?.digit;
-    const end = () => this.signal.aborted ? "hangup" : signal?.aborted ? "aborted" : late ? "timeout" : undefined;
+    const end = () => this.signal.aborted ? "hangup" : signal?.aborted ? "aborted" : undefined;
 
     signal?.addEventListener("abort", change);
     this.#gathering = true;
@@ -1235,32 +1228,32 @@ export class Ivr extends Session {
       const files = pressed ? [] : [prompt].flat();
       let playing = files.length;
       const prompts = files.map((file) => this.queue(file).finally(() => (playing--, change())));
-      wait(promptTimeout);
-      await this.until(() => !playing || bargeIn && (pressed ??= key()) || end());
+      await this.#within(promptTimeout, () => !playing || bargeIn && (pressed ??= key()) || end());
       if (playing && !this.signal.aborted) this.interrupt();
 
       let digits = "";
-      const done = async (reason: Gathered["reason"], terminator?: Digit): Promise<Gathered> => ({
-        digits,
-        reason,
-        ...terminator && { terminator },
-        outcomes: await Promise.all(prompts),
-      });
-      for (let ms = timeout;; ms = interDigitTimeout) {
-        wait(ms);
-        const found = pressed ?? await this.until(() => key() ?? end()) ?? "hangup";
+      let reason: Gathered["reason"] | undefined;
+      let terminator: Digit | undefined;
+      for (let ms = timeout; !reason; ms = interDigitTimeout) {
+        const found = pressed ?? await this.#within(ms, () => key() ?? end()) ?? "hangup";
         pressed = undefined;
-        if (found.length > 1) return await done(found as Gathered["reason"]);
-        if (terminators.includes(found)) return await done("terminator", found as Digit);
-        digits += found;
-        if (digits.length === maxDigits) return await done("maxDigits");
+        if (found.length > 1) reason = found as Gathered["reason"];
+        else if (terminators.includes(found)) [reason, terminator] = ["terminator", found as Digit];
+        else if ((digits += found).length === maxDigits) reason = "maxDigits";
       }
+      return { digits, reason, ...terminator && { terminator }, outcomes: await Promise.all(prompts) };
     } finally {
-      clearTimeout(timer!);
       signal?.removeEventListener("abort", change);
       this.#gathering = false;
       this.change(); // the keys that are left are for the iterators
     }
+  }
+
+  /** Like `until`, but after so many milliseconds finds `timeout`. */
+  #within<Found>(ms: number, look: () => Found | undefined): Promise<Found | "timeout" | undefined> {
+    let late: "timeout" | undefined;
+    const timer = later(() => (late = "timeout", this.change()), ms);
+    return this.until(() => look() || late).finally(() => clearTimeout(timer!));
   }
 
   /** While keys are gathered they are not for the iterators. */
