@@ -547,7 +547,7 @@ const ignore = (): void => {};
 // 2. the layer above sees everything else (`received`);
 // 3. it waits in the list until somebody takes it. Who finds nothing waits in `until` for anything to change.
 //
-// While something is asked `#timer` wakes Asterisk. Last words (`#said`), or a stream that cannot be written any more,
+// While something is asked `#timer` wakes Asterisk. Last words (`#by`), or a stream that cannot be written any more,
 // stop that: the end of the stream has a second to come (`#patience`). The caller can be gone (`#abort`) before the call is
 // over (`#ending`). `#finish` is the one way to the end: whatever waits is settled there, and both streams close.
 
@@ -689,7 +689,7 @@ export class Session {
 
   // The end
   #leaving?: "hangup" | "exit"; // what we asked for
-  #said?: Ending["by"]; // who it was, by Asterisk's last words
+  #by?: Ending["by"]; // who it was, by Asterisk's last words or our limit
   #broken?: unknown; // why nothing can be written any more
   #patience: Timer; // until we make an end
   #abort = new AbortController(); // tells that the caller is gone; with option `i` the call goes on
@@ -891,7 +891,7 @@ export class Session {
     this.#last = this.#last.next = { event, size, told, next: undefined };
     this.#size += size;
     if (type === "hangup" || type === "exit") {
-      this.#said ??= type === "hangup" && this.#leaving !== "hangup" ? "caller" : type;
+      this.#by ??= type === "hangup" && this.#leaving !== "hangup" ? "caller" : type;
       this.#expectEnd();
     }
     if (type === "hangup" || type === "inform" && event.message === "HANGUP") this.#abort.abort(over());
@@ -935,7 +935,9 @@ export class Session {
       await this.until(() => late || !this.#size);
       clearTimeout(timer);
     } while (this.#overflows && this.#size < size);
-    if (this.#overflows) throw this.#cutter.overflow();
+    if (!this.#overflows) return;
+    this.#by = "error";
+    throw this.#cutter.overflow();
   }
 
   /** Writes what is sent in one turn in one go. */
@@ -970,9 +972,8 @@ export class Session {
 
   #finish(error: unknown = this.#broken): void {
     if (this.#ending) return;
-    const overflow = error instanceof IvrError && error.code === "overflow" && "error";
     // A reset after our own H or E is Asterisk closing with our wake-ups unread
-    const by = overflow || this.#said || error !== undefined && this.#leaving || "disconnect";
+    const by = this.#by ?? (error !== undefined && this.#leaving || "disconnect");
     this.#ending = error !== undefined && (by === "error" || by === "disconnect") ? { by, error } : { by };
     clearTimeout(this.#patience!);
     this.#listen();
