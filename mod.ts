@@ -589,7 +589,7 @@ interface Asked {
 interface Waiting {
   look(): unknown;
   resolve(found: unknown): void;
-  promise: Promise<unknown> | undefined;
+  promise: Promise<unknown>;
 }
 
 /** An event that waits, and what waits behind it. */
@@ -791,10 +791,10 @@ export class Session {
   protected until<Found>(look: () => Found | PromiseLike<Found> | undefined): Promise<Found | undefined> {
     const found = look();
     if (found || this.#ending) return Promise.resolve(found);
-    const waiting: Waiting = { look, resolve: ignore, promise: undefined };
-    waiting.promise = new Promise((resolve) => waiting.resolve = resolve);
-    this.#waiting.push(waiting);
-    return waiting.promise as Promise<Found>;
+    let resolve!: (found: unknown) => void;
+    const promise = new Promise((settle) => resolve = settle);
+    this.#waiting.push({ look, resolve, promise });
+    return promise as Promise<Found>;
   }
 
   /** Lets everybody who waits in {@linkcode Session.until} look again. */
@@ -804,7 +804,7 @@ export class Session {
     this.#waiting = [];
     for (const waiter of waiting) {
       const found = waiter.look();
-      if (this.#ending) waiter.promise?.catch(ignore); // nobody may look at it any more
+      if (this.#ending) waiter.promise.catch(ignore); // nobody may look at it any more
       if (found || this.#ending) waiter.resolve(found);
       else this.#waiting.push(waiter);
     }
