@@ -479,13 +479,13 @@ export async function* lines(readable: Source, options: LinesOptions = {}): Asyn
   const cutter = new Cutter(options);
   const reader = readable.getReader();
   try {
-    for (let over = false; !over;) {
+    for (let ended = false; !ended;) {
       const { done, value } = await reader.read();
+      ended = done;
       const found: string[] = [];
       cutter.cut(done ? undefined : value, (text, from, to) => found.push(text.slice(from, to)));
       yield* found;
       if (cutter.full) throw cutter.overflow();
-      over = done;
     }
   } finally {
     await reader.cancel().catch(ignore);
@@ -846,15 +846,15 @@ export class Session {
   }
 
   async #read(): Promise<void> {
-    let over = false;
+    let ended = false;
     const receive = (text: string, from: number, to: number) => {
-      this.#receive(eventIn(text, from, to), to - from + 1, over);
+      this.#receive(eventIn(text, from, to), to - from + 1, ended);
     };
     try {
-      while (!over) {
+      while (!ended) {
         this.#listen();
         const { done, value } = await this.#reader.read();
-        over = done;
+        ended = done;
         this.#cutter.cut(done ? undefined : value, receive);
         this.change();
         if (this.#size > AHEAD || this.#overflows) await this.#room();
