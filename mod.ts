@@ -759,21 +759,20 @@ export class Session {
       if (by === "error" && !left) return promised((_, reject) => reject(error));
       return left || by ? { value, done: true } : undefined;
     };
-    return {
+    const iterator: AsyncIterableIterator<IvrEvent, undefined> = {
       next: () => {
-        const value = left ? undefined : this.take();
+        const value = left ? undefined : this.take(); // here as well: most often one waits, and `until` costs more
         return value ? Promise.resolve({ value, done: false }) : this.until(look) as Promise<Result>;
       },
       return: () => {
         if (!left) this.#loops--;
         left = true;
         this.change();
-        return this.until(look) as Promise<Result>;
+        return iterator.next();
       },
-      [Symbol.asyncIterator]() {
-        return this;
-      },
+      [Symbol.asyncIterator]: () => iterator,
     };
+    return iterator;
   }
 
   /** Takes the oldest event that waits, or the oldest that is wanted: nobody else will see it. */
@@ -872,7 +871,7 @@ export class Session {
     if (this.#ending) return;
     this.#silence = later(() => {
       if (asked) return this.#finish();
-      this.ask({ type: "get", names: ["EIVR_ALIVE"] }, ignore, ignore);
+      this.send({ type: "get", names: ["EIVR_ALIVE"] });
       this.#listen(true);
     }, this.#keepAlive);
   }
