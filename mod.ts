@@ -1056,9 +1056,7 @@ interface Prompt {
   tell: ((outcome: Outcome) => void) | undefined;
 }
 
-type Key = IvrEvent & { type: "dtmf" };
-
-const isKey = (event: IvrEvent): event is Key => event.type === "dtmf";
+const isKey = (event: IvrEvent): boolean => event.type === "dtmf";
 
 /** What a message can be, of any lines: no control characters, no halves of characters, cut to what fits. */
 function messages(lines: string[]): string[] {
