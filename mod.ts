@@ -1216,7 +1216,7 @@ export class Ivr extends Session {
     const { prompt = [], maxDigits, terminators = "#", timeout = 5000, bargeIn = true, signal } = options;
     const { interDigitTimeout = timeout, promptTimeout = 300_000 } = options;
     const change = () => this.change();
-    const key = () => (this.take(isKey) as Key | undefined)?.digit;
+    const key = () => (this.take(isKey) as { digit: Digit } | undefined)?.digit;
     const end = () => this.signal.aborted ? "hangup" : signal?.aborted ? "aborted" : undefined;
 
     signal?.addEventListener("abort", change);
