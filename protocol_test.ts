@@ -2977,7 +2977,7 @@ live("a hundred calls at once, whose callers hang up at random: nothing that was
 });
 
 live("menu: as a server, to callers who hang up at any step", async (asterisk) => {
-  await Promise.all(Array.from({ length: 24 }, async (_, i) => {
+  await Promise.all(Array.from({ length: 30 }, async (_, i) => {
     const at = i / 2;
     const { log, variables } = await called(asterisk, (ivr) => menu(ivr), {
       args: ["sales"],
@@ -2985,7 +2985,7 @@ live("menu: as a server, to callers who hang up at any step", async (asterisk) =
       caller: [[1.9, "press", "1234#"], [6, "press", "2"], [at, "hangup"]],
     });
     if (at > 4) assert.equal(variables.ACCOUNT, "1234");
-    if (at > 10) {
+    if (at > 13.5) {
       assert.equal(variables.DEPARTMENT, "support");
       assert.ok(log.includes("CONTINUED"));
     }
