@@ -224,7 +224,7 @@ function format(
   const type = String(meant["type"]);
   const fields = (Object.hasOwn(forms, type) ? String(forms[type]) : "").split(",");
   const parts = fields.map((field) => field.length > 1 ? texts[field] ?? meant[field] : field); // a tag is itself
-  while (parts.at(-1) === undefined) parts.pop();
+  while (parts.length && parts.at(-1) === undefined) parts.pop();
   const line = parts.join();
   const read = parse(line.replace(/[\0\r\n\p{Surrogate}].*/su, "").replace(flaw, ""));
   const field = fields.find((field) => field.length > 1 && field !== "timestamp") ?? "type";
