@@ -210,26 +210,27 @@ const RULES: { [field: string]: string } = {
 };
 
 /**
- * Writes a line in its form, and refuses it unless it reads as it was meant: up to the first character that no line can
- * carry (half of a surrogate pair arrives as something else), or the first flaw. Numbers are looked at before, so what
- * reads otherwise is the first field that is none. What is not written as it is has its text in `texts`.
+ * Writes a line in its form. Refuses one with a character that no line can carry (half of a surrogate pair arrives as
+ * something else) or with a flaw, and one that does not read as it was meant. Numbers are looked at before, so what reads
+ * otherwise is the first field that is none. What is not written as it is has its text in `texts`.
  */
 function format(
   forms: Fields,
   { ...meant }: Fields,
   texts: Fields,
   parse: (line: string) => Fields,
-  flaw = /$/,
+  flaw?: RegExp,
 ): string {
   const type = String(meant["type"]);
   const fields = (Object.hasOwn(forms, type) ? String(forms[type]) : "").split(",");
   const parts = fields.map((field) => field.length > 1 ? texts[field] ?? meant[field] : field); // a tag is itself
   while (parts.length && parts.at(-1) === undefined) parts.pop();
   const line = parts.join();
-  const read = parse(line.replace(/[\0\r\n\p{Surrogate}].*/su, "").replace(flaw, ""));
+  const read = parse(line);
   const field = fields.find((field) => field.length > 1 && field !== "timestamp") ?? "type";
   const differs = (field: string) => JSON.stringify(meant[field]) !== JSON.stringify(read[field]);
-  if (differs("type") || differs(field)) refuse(`send ${type}`, field, meant[field]);
+  const flawed = /[\0\r\n\p{Surrogate}]/u.test(line) || flaw?.test(line);
+  if (flawed || differs("type") || differs(field)) refuse(`send ${type}`, field, meant[field]);
   return line + "\n";
 }
 
@@ -286,9 +287,6 @@ export type IvrCommand =
 
 /** Asterisk cuts a longer line and runs the rest of it as the next command. */
 const MAX_COMMAND_BYTES = 1022;
-
-/** Meaningless, although they read back as they were: an empty name, an equals sign in a name, a blank at a value's end. */
-const FLAWS: { [type: string]: RegExp } = { set: /(,=|[\0- ],).*/s, get: /(=|,,|,$).*/s };
 
 /** The same of each command. Asterisk ignores one without a payload: where there is none, `type` fills its place. */
 const COMMANDS: Record<IvrCommand["type"], string> = {
@@ -368,6 +366,7 @@ export function parseCommand(line: string): IvrCommand {
 export function formatCommand(command: IvrCommand): string {
   const doing = `send ${command.type}`;
   const texts: Fields = {};
+  let flaw: RegExp | undefined; // what means nothing, although it reads back as it was
   if (command.type === "dtmf") {
     const { interval = 0, duration = 0 } = command;
     for (const [field, ms] of Object.entries({ interval, duration })) checkWhole(doing, field, ms, 0);
@@ -375,11 +374,13 @@ export function formatCommand(command: IvrCommand): string {
   if (command.type === "autoclear") texts["on"] = command.on ? "autoclear" : "noautoclear";
   if (command.type === "set") {
     texts["variables"] = Object.entries(command.variables ?? {}).map((pair) => pair.join("="));
+    flaw = /,=|[\0- ],/; // an empty name, a blank at a value's end
   }
+  if (command.type === "get") flaw = /=|,,|,$/; // an equals sign in a name, an empty name
   if (command.type === "hangup" || command.type === "exit") {
     command = { ...command, message: command.message ?? command.type };
   }
-  const line = format(COMMANDS, command, texts, parseCommand, FLAWS[command.type]);
+  const line = format(COMMANDS, command, texts, parseCommand, flaw);
   const bytes = encode(line).length - 1;
   if (bytes > MAX_COMMAND_BYTES) {
     refuse(doing, COMMANDS[command.type].split(",").at(-1)!, line, `at most ${MAX_COMMAND_BYTES} bytes, not ${bytes}`);
