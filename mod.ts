@@ -383,7 +383,8 @@ export function formatCommand(command: IvrCommand): string {
   const line = format(COMMANDS, command, texts, parseCommand, flaw);
   const bytes = encode(line).length - 1;
   if (bytes > MAX_COMMAND_BYTES) {
-    refuse(doing, COMMANDS[command.type].split(",").at(-1)!, line, `at most ${MAX_COMMAND_BYTES} bytes, not ${bytes}`);
+    const [, field = "line"] = COMMANDS[command.type].split(",");
+    refuse(doing, field, line, `at most ${MAX_COMMAND_BYTES} bytes, not ${bytes}`);
   }
   return line;
 }
