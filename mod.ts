@@ -826,10 +826,10 @@ export class Session {
     if (type === "hangup" || type === "exit") {
       if (this.#ending) return void setTimeout(done);
       this.closed.then(() => done(undefined));
-      if (this.#leaving) return;
+      if (this.#leaving || this.#by) return;
       this.#leaving = type;
     } else {
-      if (this.#ending) throw over();
+      if (this.#ending || this.#by) throw over(); // Asterisk reads nothing behind its last words
       const own = type === "get" ? command.names[0] : type === "params" ? PARAMS : undefined;
       const name = own ?? `EIVR_ACK_${++this.#count}`;
       if (!own) text += `G,${name}\n`;
@@ -967,6 +967,7 @@ export class Session {
 
   /** The stream of events is about to end: if it does not, we end it. */
   #expectEnd(): void {
+    if (this.#ending) return;
     this.#patience ??= later(() => this.#finish(), GRACE);
     this.#wake();
   }
@@ -1227,7 +1228,8 @@ export class Ivr extends Session {
       let pressed = bargeIn ? key() : undefined; // early, so that it skips the prompts
       const files = pressed ? [] : [prompt].flat();
       let playing = files.length;
-      const prompts = files.map((file) => this.queue(file).finally(() => (playing--, change())));
+      const prompts = Promise.all(files.map((file) => this.queue(file).finally(() => (playing--, change()))));
+      prompts.catch(ignore); // until it is awaited
       await this.#within(promptTimeout, () => !playing || bargeIn && (pressed ??= key()) || end());
       if (playing && !this.signal.aborted) this.interrupt();
 
@@ -1241,7 +1243,7 @@ export class Ivr extends Session {
         else if (terminators.includes(found)) [reason, terminator] = ["terminator", found as Digit];
         else if ((digits += found).length === maxDigits) reason = "maxDigits";
       }
-      return { digits, reason, ...terminator && { terminator }, outcomes: await Promise.all(prompts) };
+      return { digits, reason, ...terminator && { terminator }, outcomes: await prompts };
     } finally {
       signal?.removeEventListener("abort", change);
       this.#gathering = false;

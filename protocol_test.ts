@@ -865,6 +865,27 @@ const AFTERWARDS: ((ivr: Ivr) => Promise<unknown>)[] = [
   (ivr) => ivr.send({ type: "play", file: "a" }),
 ];
 
+test("session: behind its last words Asterisk is sent nothing more, and whatever is asked rejects", async () => {
+  for (const last of ["H,1", "E,1"]) {
+    await using host = wired();
+    const { session } = host;
+    const under = session.play("under way");
+    while ((await host.hears()) !== "S,under way");
+    await host.hears();
+    host.say(last);
+    await new Promise<void>((resolve) => setTimeout(resolve)); // it has been read
+    for (const late of AFTERWARDS) {
+      if (last === "E,1" && /gather/.test(String(late))) continue; // which the signal would end: the caller is still there
+      await assert.rejects(late(session), code("ended"));
+    }
+    const leaving = [session.hangup(), session.exit()];
+    host.end();
+    assert.equal(await host.hears(), "(end)");
+    assert.equal(await under, "ended");
+    await Promise.all(leaving);
+  }
+});
+
 test("session: a call that goes on trying when it is over stops nobody else", async () => {
   const stubborn = [...AFTERWARDS, (ivr: Ivr) => ivr.hangup(), (ivr: Ivr) => ivr.exit(), (ivr: Ivr) => ivr.play("")];
   for (const again of stubborn) {
