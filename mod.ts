@@ -288,7 +288,7 @@ export type IvrCommand =
 /** Asterisk cuts a longer line and runs the rest of it as the next command. */
 const MAX_COMMAND_BYTES = 1022;
 
-/** The same of each command. Asterisk ignores one without a payload: where there is none, `type` fills its place. */
+/** How each command is written. Asterisk ignores one without a payload: where there is none, `type` fills its place. */
 const COMMANDS: Record<IvrCommand["type"], string> = {
   play: "S,file",
   queue: "A,file",
@@ -455,6 +455,8 @@ export interface LinesOptions {
   /**
    * How many characters may wait, a bound on memory: those of a line that is not complete, and in a {@linkcode Session} those
    * of the events that nobody has taken as well. The default is 1 MiB.
+   *
+   * @default 1048576
    */
   maxBuffer?: number | undefined;
 }
@@ -545,11 +547,11 @@ const ignore = (): void => {};
 // and is not answered (`#asked`). `#read` hands every event to `#receive`, which puts it where it belongs:
 //
 // 1. an answer settles the oldest command that asked for its name, and is gone; a `Z` fails the oldest command of all,
-//    since commands are carried out in order and its acknowledgement has not come;
+//    since commands are carried out in order, and leaves it there until its acknowledgement comes;
 // 2. the layer above sees everything else (`received`);
 // 3. it waits in the list until somebody takes it. Who finds nothing waits in `until` for anything to change.
 //
-// While something is asked `#timer` wakes Asterisk. Last words (`#by`), or a stream that cannot be written any more,
+// While something is asked `#timer` wakes Asterisk. Last words (`#by`), or a stream that cannot be written any more (`#broken`),
 // stop that: the end of the stream has a second to come (`#patience`). The caller can be gone (`#abort`) before the call is
 // over (`#ending`). `#finish` is the one way to the end: whatever waits is settled there, and both streams close.
 
@@ -559,6 +561,8 @@ export interface SessionOptions extends LinesOptions {
    * Milliseconds of silence after which Asterisk is asked for a sign of life; when none comes for as long again, the call
    * is over as `disconnect`. Finds peers that are gone without a word, and keeps TCP proxies from cutting long prompts.
    * Choose more than the longest `sendDtmf` takes: Asterisk says nothing meanwhile. The default is never.
+   *
+   * @default Infinity
    */
   keepAlive?: number | undefined;
 }
@@ -1019,22 +1023,48 @@ export type Outcome = "finished" | "interrupted" | "dropped" | "missing" | "refu
 export interface GatherOptions {
   /** Files to play first, queued behind what plays already. */
   prompt?: string | string[] | undefined;
-  /** Done with so many digits. The default is no limit. */
+  /**
+   * Done with so many digits. The default is no limit.
+   *
+   * @default Infinity
+   */
   maxDigits?: number | undefined;
-  /** Each of these keys ends the input and is no part of it. The default is `"#"`. */
+  /**
+   * Each of these keys ends the input and is no part of it. The default is `"#"`.
+   *
+   * @default "#"
+   */
   terminators?: string | undefined;
-  /** Milliseconds to the first key, from the end of the prompts. The default is 5000; `Infinity` waits for ever. */
+  /**
+   * Milliseconds to the first key, from the end of the prompts. The default is 5000; `Infinity` waits for ever.
+   *
+   * @default 5000
+   */
   timeout?: number | undefined;
-  /** Milliseconds to each further key. The default is `timeout`. */
+  /**
+   * Milliseconds to each further key. The default is `timeout`.
+   *
+   * @default timeout
+   */
   interDigitTimeout?: number | undefined;
   /**
    * Milliseconds that the prompts may take; then they are stopped and count as over. Asterisk does not tell when it could
    * not open the last one, so nothing else may ever end them. The default is five minutes.
+   *
+   * @default 300000
    */
   promptTimeout?: number | undefined;
-  /** Whether the first key interrupts the prompts, and a key that waits already skips them. The default is `true`. */
+  /**
+   * Whether the first key interrupts the prompts, and a key that waits already skips them. The default is `true`.
+   *
+   * @default true
+   */
   bargeIn?: boolean | undefined;
-  /** Whether keys pressed before are thrown away rather than taken (type-ahead). The default is `false`. */
+  /**
+   * Whether keys pressed before are thrown away rather than taken (type-ahead). The default is `false`.
+   *
+   * @default false
+   */
   flush?: boolean | undefined;
   /** Ends the gathering early. */
   signal?: AbortSignal | undefined;
@@ -1083,8 +1113,12 @@ function messages(lines: string[]): string[] {
  * short. Keys go to the {@linkcode Ivr.gather} under way, and wait for the next one or for the iterator otherwise.
  *
  * What is under way when the call ends settles with that: `play` and `queue` resolve with `ended`, `gather` with
- * `hangup`, the others reject with `ended`. Whatever is asked for later rejects with `ended`, but `hangup` and `exit`,
- * which resolve.
+ * `hangup`, the others reject with `ended`. Whatever is asked for behind `H`, `E` or the end of the stream rejects with
+ * `ended`, but `hangup` and `exit`, which resolve. With the dialplan's option `i` the call goes on without its caller: then
+ * `gather` alone rejects, and Asterisk refuses what plays.
+ *
+ * Each method rejects with an {@linkcode IvrError}: `invalid` before anything is sent, `refused` when Asterisk answers `Z` (but
+ * `play` and `queue`, whose outcome says so), `ended`; `get` with `truncated`, too.
  */
 export class Ivr extends Session {
   #playlist: Prompt[] = []; // in order
