@@ -479,7 +479,7 @@ export interface LinesOptions {
  * assert.deepEqual(await Array.fromAsync(lines(bytes)), ["1,1795372496", "H,1795372497"]);
  * ```
  */
-export async function* lines(readable: Source, options: LinesOptions = {}): AsyncGenerator<string, void, void> {
+export async function* lines(readable: Source, options?: LinesOptions): AsyncGenerator<string, void, void> {
   const cutter = new Cutter(options);
   const reader = readable.getReader();
   try {
@@ -503,7 +503,7 @@ class Cutter {
   full = false; // a line was longer than that: nothing comes any more
   #decoder?: InstanceType<typeof TextDecoder>; // made with the first bytes: a quiet call costs none
 
-  constructor({ maxBuffer = 2 ** 20 }: LinesOptions) {
+  constructor({ maxBuffer = 2 ** 20 }: LinesOptions = {}) {
     checkNumber("read", "maxBuffer", maxBuffer, 1);
     this.maxBuffer = maxBuffer;
   }
@@ -709,9 +709,9 @@ export class Session {
    * @throws {IvrError} `invalid` for options out of range.
    * @throws {TypeError} when one of the streams is locked already; the other one is free then.
    */
-  constructor(streams: { readable: Source; writable: Sink }, options: SessionOptions = {}) {
+  constructor(streams: { readable: Source; writable: Sink }, options?: SessionOptions) {
     this.#cutter = new Cutter(options);
-    this.#keepAlive = options.keepAlive ?? Infinity;
+    this.#keepAlive = options?.keepAlive ?? Infinity;
     checkNumber("read", "keepAlive", this.#keepAlive, 1);
     this.#reader = streams.readable.getReader();
     try {
@@ -1092,11 +1092,11 @@ interface Prompt {
 const isKey = (event: IvrEvent): boolean => event.type === "dtmf";
 
 /** What a message can be, of any lines: no control characters, no halves of characters, cut to what fits. */
-function messages(lines: string[]): string[] {
+function messages(lines: unknown[]): string[] {
   const room = new Uint8Array(MAX_COMMAND_BYTES - "L,".length);
   const pieces: string[] = [];
   for (const line of lines) {
-    for (let rest = line.replace(/\p{Cc}/gu, " ").replace(/\p{Surrogate}/gu, "?"); rest;) {
+    for (let rest = String(line).replace(/\p{Cc}/gu, " ").replace(/\p{Surrogate}/gu, "?"); rest;) {
       const { read } = new TextEncoder().encodeInto(rest, room); // whole characters, as many as fit
       pieces.push(rest.slice(0, read).trimEnd());
       rest = rest.slice(read);
@@ -1166,7 +1166,7 @@ export class Ivr extends Session {
    */
   sendDtmf(
     digits: string,
-    options: { interval?: number | undefined; duration?: number | undefined } = {},
+    options?: { interval?: number | undefined; duration?: number | undefined },
   ): Promise<void> {
     return this.send({ type: "dtmf", digits, ...options });
   }
@@ -1210,13 +1210,13 @@ export class Ivr extends Session {
    * Ends the call with a message for the log: any text, on one line, cut to what fits. Resolves when the stream has ended,
    * whoever ended it.
    */
-  hangup(text = ""): Promise<void> {
-    return this.send({ type: "hangup", message: messages([String(text)])[0] });
+  hangup(text?: string): Promise<void> {
+    return this.send({ type: "hangup", message: messages([text ?? ""])[0] });
   }
 
   /** Goes on in the dialplan, with a message for the log. Otherwise as {@linkcode Ivr.hangup}. */
-  exit(text = ""): Promise<void> {
-    return this.send({ type: "exit", message: messages([String(text)])[0] });
+  exit(text?: string): Promise<void> {
+    return this.send({ type: "exit", message: messages([text ?? ""])[0] });
   }
 
   /**
@@ -1238,8 +1238,9 @@ export class Ivr extends Session {
    * }
    * ```
    */
-  gather(options: GatherOptions = {}): Promise<Gathered> {
+  gather(options?: GatherOptions): Promise<Gathered> {
     return promised((resolve) => {
+      options ??= {};
       checkGather(options);
       if (this.#gathering) refuse("gather", "gather", options, "the only one under way");
       if (this.signal.aborted) throw over();
