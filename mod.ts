@@ -90,7 +90,7 @@ export class IvrError extends Error {
     message: string,
     more: { cause?: unknown; field?: string; reason?: string | undefined; partial?: Record<string, string> } = {},
   ) {
-    super(message);
+    super(message.replace(/\p{C}/gu, "?")); // no control characters, whoever they came from
     Object.assign(this, more);
     this.code = code;
   }
@@ -190,7 +190,9 @@ function eventIn(text: string, from: number, to: number): IvrEvent {
  */
 export function formatEvent(event: IvrEvent): string {
   const timestamp = String((event as { timestamp?: unknown }).timestamp).padStart(10);
-  if (event.type !== "unknown") checkWhole(`send ${event.type}`, "timestamp", event.timestamp, Number.MIN_SAFE_INTEGER);
+  if (Object.hasOwn(EVENTS, event.type) && event.type !== "unknown") {
+    checkWhole(`send ${event.type}`, "timestamp", event.timestamp, Number.MIN_SAFE_INTEGER);
+  }
   return format(EVENTS, event, { timestamp }, parseEvent);
 }
 
@@ -225,12 +227,16 @@ function format(
   const fields = (Object.hasOwn(forms, type) ? String(forms[type]) : "").split(",");
   const parts = fields.map((field) => field.length > 1 ? texts[field] ?? meant[field] : field); // a tag is itself
   while (parts.length && parts.at(-1) === undefined) parts.pop();
-  const line = parts.join();
-  const read = parse(line);
   const field = fields.find((field) => field.length > 1 && field !== "timestamp") ?? "type";
-  const differs = (field: string) => JSON.stringify(meant[field]) !== JSON.stringify(read[field]);
-  const flawed = /[\0\r\n\p{Surrogate}]/u.test(line) || flaw?.test(line);
-  if (flawed || differs("type") || differs(field)) refuse(`send ${type}`, field, meant[field]);
+  let line = "";
+  let wrong = true;
+  try {
+    line = parts.join();
+    const read = parse(line);
+    const differs = (field: string) => JSON.stringify(meant[field]) !== JSON.stringify(read[field]);
+    wrong = /[\0\r\n\p{Surrogate}]/u.test(line) || flaw?.test(line) || differs("type") || differs(field);
+  } catch { /* no text at all */ }
+  if (wrong) refuse(`send ${type}`, field, meant[field]);
   return line + "\n";
 }
 
@@ -238,8 +244,11 @@ const TEXT = "text on one line, not empty, without a blank at the end";
 
 /** Throws for a value: names it, and the rule. */
 function refuse(doing: string, field: string, value: unknown, rule = RULES[field] ?? TEXT): never {
-  const shown = (JSON.stringify(value) ?? String(value)).slice(0, 200).replace(/\p{C}/gu, "?");
-  throw new IvrError("invalid", `Cannot ${doing}: ${field} ${shown} has to be ${rule}`, { field });
+  let shown: string = typeof value;
+  try {
+    shown = JSON.stringify(value) ?? String(value);
+  } catch { /* a value that no text shows */ }
+  throw new IvrError("invalid", `Cannot ${doing}: ${field} ${shown.slice(0, 200)} has to be ${rule}`, { field });
 }
 
 function checkNumber(doing: string, field: string, value: unknown, least: number): void {
@@ -364,7 +373,7 @@ export function parseCommand(line: string): IvrCommand {
  * ```
  */
 export function formatCommand(command: IvrCommand): string {
-  const doing = `send ${command.type}`;
+  const doing = `send ${String(command.type)}`;
   const texts: Fields = {};
   let flaw: RegExp | undefined; // what means nothing, although it reads back as it was
   if (command.type === "dtmf") {
@@ -373,7 +382,7 @@ export function formatCommand(command: IvrCommand): string {
   }
   if (command.type === "autoclear") texts["on"] = command.on ? "autoclear" : "noautoclear";
   if (command.type === "set") {
-    texts["variables"] = Object.entries(command.variables ?? {}).map((pair) => pair.join("="));
+    texts["variables"] = Object.entries(command.variables ?? {}).map(([name, value]) => `${name}=${String(value)}`);
     flaw = /,=|[\0- ],/; // an empty name, a blank at a value's end
   }
   if (command.type === "get") flaw = /=|,,|,$/; // an equals sign in a name, an empty name
@@ -384,7 +393,7 @@ export function formatCommand(command: IvrCommand): string {
   const bytes = encode(line).length - 1;
   if (bytes > MAX_COMMAND_BYTES) {
     const [, field = "line"] = COMMANDS[command.type].split(",");
-    refuse(doing, field, line, `at most ${MAX_COMMAND_BYTES} bytes, not ${bytes}`);
+    refuse(doing, field, (command as Fields)[field], `at most ${MAX_COMMAND_BYTES} bytes as a command, not ${bytes}`);
   }
   return line;
 }
@@ -492,7 +501,7 @@ export async function* lines(readable: Source, options?: LinesOptions): AsyncGen
       if (cutter.full) throw cutter.overflow();
     }
   } finally {
-    await reader.cancel().catch(ignore);
+    await quietly(() => reader.cancel());
   }
 }
 
@@ -538,6 +547,13 @@ class Cutter {
 }
 
 const ignore = (): void => {};
+
+/** Runs something that may fail, at once or later: nobody has to know. */
+async function quietly(run: () => Promise<unknown>): Promise<void> {
+  try {
+    await run();
+  } catch { /* so be it */ }
+}
 
 // ---------------------------------------------------------------------------------------------------------
 // 4. Session: the connection
@@ -598,14 +614,49 @@ interface Waiting {
   promise: Promise<unknown>;
 }
 
-/** An event that waits, and what waits behind it. */
+/** An event that waits, and what waits behind it in its list. */
 interface Link {
   event: IvrEvent;
   /** In characters. */
   size: number;
-  /** Whether a promise has told of it. */
-  told: boolean;
+  /** How many came before. */
+  order: number;
   next: Link | undefined;
+}
+
+/** What came and nobody has taken. Adding costs the same however much waits, and so does taking the oldest of any kind. */
+class Backlog {
+  size = 0; // in characters
+  #count = 0; // of all that ever came
+  // In lists of their own: keys, other events, and those of which a promise told
+  #first: (Link | undefined)[] = [undefined, undefined, undefined];
+  #last: (Link | undefined)[] = [undefined, undefined, undefined];
+
+  add(event: IvrEvent, size: number, told: boolean): void {
+    const kind = event.type === "dtmf" ? 0 : told ? 2 : 1;
+    const link = { event, size, order: this.#count++, next: undefined };
+    if (this.#first[kind]) this.#last[kind]!.next = link;
+    else this.#first[kind] = link;
+    this.#last[kind] = link;
+    this.size += size;
+  }
+
+  /** Takes the oldest event of some of the lists. */
+  take(from = 0, to = 2): IvrEvent | undefined {
+    const first = this.#first;
+    let kind = from;
+    let oldest = first[kind];
+    for (let other = from + 1; other <= to; other++) {
+      const link = first[other];
+      if (!link || oldest && oldest.order < link.order) continue;
+      oldest = link;
+      kind = other;
+    }
+    if (!oldest) return undefined;
+    first[kind] = oldest.next;
+    this.size -= oldest.size;
+    return oldest.event;
+  }
 }
 
 /** What the answer to `P` goes by: no variable has this name. */
@@ -678,10 +729,8 @@ export class Session {
   #writer: ReturnType<Sink["getWriter"]>;
   #cutter: Cutter;
 
-  // What came: the oldest event stands behind a link that stands for none
-  #first = { next: undefined } as Link;
-  #last = this.#first;
-  #size = 0; // of all of them, in characters
+  // What came
+  #backlog?: Backlog; // made with the first event: a quiet call costs none
   #loops = 0; // iterators that nobody has left
   #waiting: Waiting[] = []; // who looks again when anything has changed
   #keepAlive: number;
@@ -760,10 +809,16 @@ export class Session {
     this.#loops++;
     const look = (): Result | Promise<Result> | undefined => {
       const value = left ? undefined : this.take();
-      if (value) return { value, done: false };
-      const { by, error } = this.#ending ?? {};
-      if (by === "error" && !left) return promised((_, reject) => reject(error));
-      return left || by ? { value, done: true } : undefined;
+      if (value || left) return { value, done: !value } as Result;
+      // The end comes a turn of the event loop later: who loops again and again does not stop the process, and the keys that a
+      // gather left are there
+      return this.#ending && promised((resolve, reject) => {
+        setTimeout(() => {
+          const value = this.take();
+          if (!value && this.#ending!.by === "error") reject(this.#ending!.error);
+          else resolve({ value, done: !value } as Result);
+        });
+      });
     };
     const iterator: AsyncIterableIterator<IvrEvent, undefined> = {
       next: () => {
@@ -781,15 +836,11 @@ export class Session {
     return iterator;
   }
 
-  /** Takes the oldest event that waits, or the oldest that is wanted: nobody else will see it. */
-  protected take(wanted?: (event: IvrEvent) => boolean): IvrEvent | undefined {
-    for (let before = this.#first, link; (link = before.next); before = link) {
-      if (wanted && !wanted(link.event)) continue;
-      this.#remove(link, before);
-      if (!this.#size) this.change(); // reading may wait for it
-      return link.event;
-    }
-    return undefined;
+  /** Takes the oldest event that waits, or the oldest key, or the oldest that is none: nobody else will see it. */
+  protected take(wanted?: "key" | "other"): IvrEvent | undefined {
+    const event = this.#backlog?.take(wanted === "other" ? 1 : 0, wanted === "key" ? 0 : 2);
+    if (event && !this.#size) this.change(); // reading may wait for it
+    return event;
   }
 
   /** Looks now, and again whenever anything has changed, until something is found; finds nothing when the call is over. */
@@ -813,6 +864,14 @@ export class Session {
       if (found || this.#ending) waiter.resolve(found);
       else this.#waiting.push(waiter);
     }
+  }
+
+  /** A turn of the event loop, for what has nothing to send; rejects as a command does when the call is over. */
+  protected turn(): Promise<void> {
+    return promised((resolve) => {
+      if (this.#ending || this.#by) throw over();
+      setTimeout(resolve);
+    });
   }
 
   /** Sees each event as it comes, before anybody can take it. Returns whether a promise tells of it already. */
@@ -843,11 +902,8 @@ export class Session {
     this.#wake();
   }
 
-  #remove(link: Link, before: Link): void {
-    before.next = link.next;
-    if (!link.next) this.#last = before;
-    link.next = undefined; // or an old one that is garbage would keep the young ones behind it
-    this.#size -= link.size;
+  get #size(): number {
+    return this.#backlog?.size ?? 0;
   }
 
   async #read(): Promise<void> {
@@ -860,6 +916,7 @@ export class Session {
         this.#listen();
         const { done, value } = await this.#reader.read();
         ended = done;
+        clearTimeout(this.#silence!); // while we do not read, silence is ours
         this.#cutter.cut(done ? undefined : value, receive);
         this.change();
         if (this.#size > AHEAD || this.#overflows) await this.#room();
@@ -893,8 +950,7 @@ export class Session {
       if (type === "params" && this.#answered(PARAMS, event.params)) return;
       told = type === "failed" ? this.#refused(event.reason) : this.received(event);
     }
-    this.#last = this.#last.next = { event, size, told, next: undefined };
-    this.#size += size;
+    (this.#backlog ??= new Backlog()).add(event, size, told);
     if (type === "hangup" || type === "exit") {
       this.#by ??= type === "hangup" && this.#leaving !== "hangup" ? "caller" : type;
       this.#expectEnd();
@@ -927,10 +983,7 @@ export class Session {
    * more of them while there is too much and every turn takes some.
    */
   async #room(): Promise<void> {
-    for (let before = this.#first, link; !this.#loops && (link = before.next);) {
-      if (link.told) this.#remove(link, before);
-      else before = link;
-    }
+    while (!this.#loops && this.#backlog?.take(2));
     if (!this.#loops && !this.#overflows) return;
     let size: number;
     do {
@@ -994,11 +1047,11 @@ export class Session {
   async #release({ error }: Ending): Promise<void> {
     let timer: Timer;
     const grace = new Promise<void>((resolve) => timer = later(resolve, GRACE));
-    const inTime = (closing: Promise<void>) => Promise.race([grace, closing.catch(ignore)]);
+    const inTime = (close: () => Promise<void>) => Promise.race([grace, quietly(close)]);
     // A socket that ends by itself, as Node's do, is to do so first: Deno fails when both close it in one turn
     await new Promise<void>((resolve) => setTimeout(resolve));
-    await inTime(error === undefined ? this.#writer.close() : this.#writer.abort(error));
-    await inTime(this.#reader.cancel());
+    await inTime(() => error === undefined ? this.#writer.close() : this.#writer.abort(error));
+    await inTime(() => this.#reader.cancel());
     clearTimeout(timer!);
   }
 }
@@ -1089,8 +1142,6 @@ interface Prompt {
   tell: ((outcome: Outcome) => void) | undefined;
 }
 
-const isKey = (event: IvrEvent): boolean => event.type === "dtmf";
-
 /** What a message can be, of any lines: no control characters, no halves of characters, cut to what fits. */
 function messages(lines: unknown[]): string[] {
   const room = new Uint8Array(MAX_COMMAND_BYTES - "L,".length);
@@ -1175,7 +1226,7 @@ export class Ivr extends Session {
   log(text: string): Promise<void> {
     return promised((resolve) => {
       const sent = messages(String(text).split(/[\r\n]/)).map((message) => this.send({ type: "log", message }));
-      resolve(Promise.all(sent).then(ignore));
+      resolve(Promise.all(sent.length ? sent : [this.turn()]).then(ignore));
     });
   }
 
@@ -1190,14 +1241,13 @@ export class Ivr extends Session {
     return promised((resolve) => {
       const questions = names.map((name) => ({ type: "get" as const, names: [name] }));
       questions.forEach(formatCommand); // all are good before the first goes out
-      resolve(
-        Promise.all(questions.map((question) => this.send(question))).then((replies) => {
-          const partial = Object.fromEntries(names.map((name, i) => [name, replies[i]!.slice(name.length + 1)]));
-          const cut = names.find((_, i) => encode(replies[i]!).length >= 2046);
-          if (cut === undefined) return partial;
-          throw new IvrError("truncated", `Cannot get ${cut} whole: Asterisk cuts at 2047 bytes`, { partial });
-        }),
-      );
+      const asked = names.length ? Promise.all(questions.map((question) => this.send(question))) : this.turn();
+      resolve(asked.then((replies) => {
+        const partial = Object.fromEntries(names.map((name, i) => [name, replies![i]!.slice(name.length + 1)]));
+        const cut = names.find((_, i) => encode(replies![i]!).length >= 2046);
+        if (cut === undefined) return partial;
+        throw new IvrError("truncated", `Cannot get ${cut} whole: Asterisk cuts at 2047 bytes`, { partial });
+      }));
     });
   }
 
@@ -1244,7 +1294,7 @@ export class Ivr extends Session {
       checkGather(options);
       if (this.#gathering) refuse("gather", "gather", options, "the only one under way");
       if (this.signal.aborted) throw over();
-      while (options.flush && this.take(isKey));
+      while (options.flush && this.take("key"));
       if (options.signal?.aborted) setTimeout(() => resolve({ digits: "", reason: "aborted", outcomes: [] }));
       else resolve(this.#gather(options));
     });
@@ -1254,7 +1304,7 @@ export class Ivr extends Session {
     const { prompt = [], maxDigits, terminators = "#", timeout = 5000, bargeIn = true, signal } = options;
     const { interDigitTimeout = timeout, promptTimeout = 300_000 } = options;
     const change = () => this.change();
-    const key = () => (this.take(isKey) as { digit: Digit } | undefined)?.digit;
+    const key = () => (this.take("key") as { digit: Digit } | undefined)?.digit;
     const end = () => this.signal.aborted ? "hangup" : signal?.aborted ? "aborted" : undefined;
 
     signal?.addEventListener("abort", change);
@@ -1294,10 +1344,8 @@ export class Ivr extends Session {
   }
 
   /** While keys are gathered they are not for the iterators. */
-  protected override take(
-    wanted: (event: IvrEvent) => boolean = (event) => !this.#gathering || !isKey(event),
-  ): IvrEvent | undefined {
-    return super.take(wanted);
+  protected override take(wanted?: "key" | "other"): IvrEvent | undefined {
+    return super.take(wanted ?? (this.#gathering ? "other" : undefined));
   }
 
   #prompt(command: IvrCommand): Promise<Outcome> {
@@ -1323,7 +1371,8 @@ export class Ivr extends Session {
       if (type !== "queue") this.#ended("skipped", this.#playlist.indexOf(prompt) + (file ? 0 : 1));
       done(reply);
     }, (error) => {
-      this.#playlist = this.#playlist.filter((other) => other !== prompt);
+      const at = this.#playlist.indexOf(prompt);
+      if (at >= 0) this.#playlist.splice(at, 1);
       fail(error);
     });
     this.#playlist.push(prompt);
@@ -1354,8 +1403,14 @@ function checkGather(options: GatherOptions): void {
   for (const [field, ms] of Object.entries({ timeout, interDigitTimeout, promptTimeout })) {
     checkNumber("gather", field, ms, 0);
   }
-  for (const key of terminators) if (!KEYS.includes(key)) refuse("gather", "terminators", key, RULES["digit"]);
-  for (const file of [prompt].flat()) formatCommand({ type: "queue", file });
+  if (!/^[\dA-D*#]*$/.test(terminators)) refuse("gather", "terminators", terminators, "keys 0-9 * # A-D");
+  for (const file of [prompt].flat()) {
+    try {
+      formatCommand({ type: "queue", file });
+    } catch {
+      refuse("gather", "prompt", file, `${TEXT}, of at most 1020 bytes`);
+    }
+  }
 }
 
 /**

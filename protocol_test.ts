@@ -424,6 +424,32 @@ test("commands: what the wire cannot carry is refused, and the field is named", 
   assert.equal(utf8(formatCommand({ type: "play", file: "é".repeat(510) })).length, 1023);
 });
 
+test("commands: a value of any kind is refused, and names its field", () => {
+  const circular: unknown[] = [];
+  circular.push(circular);
+  const strange: unknown[] = [1n, Symbol("s"), null, circular, Object.create(null), () => {}, {
+    toString: () => {
+      throw new Error("no");
+    },
+  }, { toString: () => "a\nH,b", toJSON: () => "a" }];
+  for (const value of strange) {
+    for (const [type, field] of [["play", "file"], ["log", "message"], ["dtmf", "digits"], ["get", "names"]] as const) {
+      assert.throws(() => formatCommand({ type, [field]: value } as never), refuses(field, `send ${type}`));
+    }
+    assert.throws(
+      () => formatEvent({ type: "finished", timestamp, file: value } as never),
+      refuses("file", "send finished"),
+    );
+    assert.throws(
+      () => formatCommand({ type: "dtmf", digits: "1", interval: value } as never),
+      refuses("interval", "send dtmf"),
+    );
+  }
+  assert.throws(() => formatCommand({ type: "unknown" } as never), refuses("line", "send unknown"));
+  assert.throws(() => formatEvent({ type: "unknown" } as never), refuses("line", "send unknown"));
+  assert.throws(() => formatCommand({ type: "dtmf", digits: "1".repeat(1100) }), refuses("digits", "send dtmf"));
+});
+
 test("commands: fields in any order, and others that mean nothing", () => {
   const command = { at: 5, duration: 80, digits: "1", interval: undefined, type: "dtmf" } as const;
   assert.equal(formatCommand(command), "D,1,,80\n");
@@ -712,7 +738,7 @@ test("session: bad input rejects before a byte is sent, and nobody has to look",
     ["timeout", "gather", () => session.gather({ timeout: "5" as never })],
     ["interDigitTimeout", "gather", () => session.gather({ interDigitTimeout: -1 })],
     ["promptTimeout", "gather", () => session.gather({ promptTimeout: null as never })],
-    ["file", "send queue", () => session.gather({ prompt: ["good", "bad\n"] })],
+    ["prompt", "gather", () => session.gather({ prompt: ["good", "bad\n"] })],
   ];
   for (const [field, doing, call] of bad) {
     call(); // nobody looks
@@ -887,7 +913,15 @@ test("session: behind its last words Asterisk is sent nothing more, and whatever
 });
 
 test("session: a call that goes on trying when it is over stops nobody else", async () => {
-  const stubborn = [...AFTERWARDS, (ivr: Ivr) => ivr.hangup(), (ivr: Ivr) => ivr.exit(), (ivr: Ivr) => ivr.play("")];
+  const stubborn = [
+    ...AFTERWARDS,
+    (ivr: Ivr) => ivr.hangup(),
+    (ivr: Ivr) => ivr.exit(),
+    (ivr: Ivr) => ivr.play(""),
+    (ivr: Ivr) => ivr.log(""),
+    (ivr: Ivr) => ivr.get(),
+    (ivr: Ivr) => all(ivr),
+  ];
   for (const again of stubborn) {
     const host = wired();
     host.say("H,1");
@@ -900,6 +934,15 @@ test("session: a call that goes on trying when it is over stops nobody else", as
     while (turns < 10) await again(host.session).catch(() => {});
     await others;
     await host.session.close();
+  }
+  // Nor one that failed by itself, nor one that goes on and has nothing to send
+  const failed = wired({ maxBuffer: 10 });
+  failed.writer.write(utf8("x".repeat(100))).catch(() => {});
+  await failed.session.closed;
+  for (const again of [() => all(failed.session), () => failed.session.log("")]) {
+    let turned = false;
+    setTimeout(() => turned = true);
+    while (!turned) await again().catch(() => {});
   }
   // Nor one that asks with a signal that was aborted before
   await using host = wired();
@@ -975,6 +1018,68 @@ test("session: a constructor that finds a stream locked keeps no lock of the oth
     assert.throws(() => new Ivr(streams), TypeError);
     assert.equal(streams.readable.locked, locked === "readable");
     assert.equal(streams.writable.locked, locked === "writable");
+  }
+});
+
+test("session: streams that throw at once, or give no promise, are closed as others are", async () => {
+  const ways: ((() => Promise<void>) | (() => never))[] = [
+    () => Promise.resolve(),
+    () => Promise.reject(new Error("later")),
+    () => {
+      throw new Error("at once");
+    },
+    () => undefined as never,
+  ];
+  for (const close of ways) {
+    for (const cancel of ways) {
+      const streams = {
+        readable: { getReader: () => ({ read: () => new Promise<never>(() => {}), cancel, releaseLock: () => {} }) },
+        writable: { getWriter: () => ({ write: () => Promise.resolve(), close, abort: close }) },
+      };
+      await new Ivr(streams).close();
+      await assert.rejects(answer(streams, () => Promise.reject(broken)), (error) => error === broken);
+    }
+  }
+});
+
+test("session: keys that wait while a gather plays, and other events behind them, cost each their own", async () => {
+  await using host = wired({ maxBuffer: 1e6 });
+  const { session } = host;
+  const seen: string[] = [];
+  const loop = (async () => {
+    for await (const event of session) seen.push(event.type);
+  })();
+  const gathered = session.gather({ prompt: "a", bargeIn: false, maxDigits: 1 });
+  host.writer.write(utf8("1,1\n".repeat(50_000) + "Q,1\n".repeat(50_000))).catch(() => {});
+  host.say("F,1,a", "H,1");
+  host.end();
+  assert.deepEqual(await gathered, { digits: "1", reason: "maxDigits", outcomes: ["finished"] });
+  await loop;
+  const counted = Object.groupBy(seen, (type) => type);
+  assert.deepEqual([counted["dtmf"]?.length, counted["unknown"]?.length], [49_999, 50_000]);
+});
+
+test("session: keys that a gather leaves when the call ends are for the loop", async () => {
+  await using host = wired();
+  const events = all(host.session);
+  const gathered = host.session.gather({ prompt: "a", maxDigits: 1 });
+  host.say("1,1", "2,1", "H,1");
+  host.end();
+  assert.deepEqual(await gathered, { digits: "1", reason: "maxDigits", outcomes: ["ended"] });
+  const types = (await events).map((event) => event.type === "dtmf" ? event.digit : event.type);
+  assert.deepEqual(types.sort(), ["2", "hangup"]);
+});
+
+test("session: no message has a control character, whoever it came from", async () => {
+  await using host = wired();
+  const refused = host.session.answer();
+  const cut = host.session.get("A\x1bB");
+  host.say("Z,1,\x1b[31m\x07\u202e", `G,1,A\x1bB=${"x".repeat(2050)}`);
+  for (const [promise, reason] of [[refused, "refused"], [cut, "truncated"]] as const) {
+    await assert.rejects(promise, (error) => {
+      assert.doesNotMatch((error as Error).message, /[\p{Cc}\p{Cf}]/u);
+      return code(reason)(error);
+    });
   }
 });
 
