@@ -15,7 +15,7 @@ import { inspect, isDeepStrictEqual } from "node:util";
 import { Live, type LiveCall, type LiveOptions, type Over, place } from "./.ci/asterisk.ts";
 import { record, recordings, untimed } from "./.ci/record.ts";
 import { Asterisk, type CallerAction, type Dialplan, parseDialplan } from "./examples/asterisk.ts";
-import { menu, webStreams } from "./examples/menu.ts";
+import { menu, nodeStreams } from "./examples/menu.ts";
 import { tap, type Tapped } from "./examples/tap.ts";
 import * as say from "./examples/say.ts";
 import {
@@ -2614,7 +2614,7 @@ async function served(
 ): Promise<{ port: number; close: () => Promise<void> }> {
   const calls: Promise<unknown>[] = [];
   const server = createServer({ noDelay: true, allowHalfOpen: true }, (socket) => {
-    const session = new Ivr(webStreams(socket, socket));
+    const session = new Ivr(nodeStreams(socket, socket));
     calls.push(handler(session).catch((error) => error).finally(() => session.close()));
   });
   await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));

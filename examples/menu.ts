@@ -19,7 +19,7 @@
 import { once } from "node:events";
 import { type AddressInfo, createServer, isIPv6 } from "node:net";
 import process from "node:process";
-import { Readable, type Writable } from "node:stream";
+import type { Readable, Writable } from "node:stream";
 import { parseArgs } from "node:util";
 import { answer, type Ivr, type Sink, type Source } from "../mod.ts";
 import * as say from "./say.ts";
@@ -62,23 +62,51 @@ async function ask(
 }
 
 /**
- * Node's streams as the web's. `Duplex.toWeb` does the same, but there Deno's ends the whole process when a peer resets its
- * connection. A write comes behind what has arrived: where Asterisk is gone it fails and takes the rest of the input with
- * it, the last words of the call among it.
+ * Node's streams as `answer` takes them, with no more of the web's than it uses: theirs take several times the memory, and
+ * `Duplex.toWeb` of Deno ends the whole process when a peer resets its connection. A write comes behind what has arrived:
+ * where Asterisk is gone it fails and takes the rest of the input with it, the last words of the call among it.
  */
-export function webStreams(input: Readable, output: Writable): { readable: Source; writable: Sink } {
+export function nodeStreams(input: Readable, output: Writable): { readable: Source; writable: Sink } {
   output.on("error", () => {}); // the write that fails says so
-  return {
-    readable: Readable.toWeb(input),
-    writable: new WritableStream<Uint8Array>({
-      write: (chunk) =>
-        new Promise((resolve, reject) => {
-          setImmediate(() => output.write(chunk, (error) => error ? reject(error) : resolve()));
-        }),
-      close: () => new Promise((resolve) => output.end(resolve)),
-      abort: () => void output.destroy(),
-    }),
+  const chunks: AsyncIterator<Uint8Array, undefined> = input[Symbol.asyncIterator]();
+  const reader = {
+    read: async () => {
+      const { done = false, value } = await chunks.next();
+      return { done, value };
+    },
+    cancel: () => Promise.resolve(void input.destroy()),
+    releaseLock: () => {},
   };
+  const writer = {
+    write: (chunk: Uint8Array) =>
+      new Promise<void>((resolve, reject) => {
+        setImmediate(() => output.write(chunk, (error) => error ? reject(error) : resolve()));
+      }),
+    close: () => new Promise<void>((resolve) => output.end(resolve)),
+    abort: () => Promise.resolve(void output.destroy()),
+  };
+  return { readable: { getReader: () => reader }, writable: { getWriter: () => writer } };
+}
+
+/** The same for Deno's connections, whose own streams keep 64 KiB ready for each read. */
+function denoStreams(conn: Deno.TcpConn): { readable: Source; writable: Sink } {
+  const reader = {
+    async read() {
+      const chunk = new Uint8Array(2048);
+      const size = await conn.read(chunk);
+      return { done: size === null, value: chunk.subarray(0, size ?? 0) };
+    },
+    cancel: () => Promise.resolve(conn.close()),
+    releaseLock: () => {},
+  };
+  const writer = {
+    async write(chunk: Uint8Array) {
+      for (let at = 0; at < chunk.length;) at += await conn.write(chunk.subarray(at));
+    },
+    close: () => conn.closeWrite(),
+    abort: () => Promise.resolve(conn.close()),
+  };
+  return { readable: { getReader: () => reader }, writable: { getWriter: () => writer } };
 }
 
 /** How many calls are under way. */
@@ -107,7 +135,7 @@ async function listen(host: string | undefined, port: number, most: number): Pro
   const server = createServer((socket) => {
     socket.setNoDelay(); // the empty line that wakes Asterisk is tiny
     socket.setKeepAlive(true, 30_000);
-    take(webStreams(socket, socket), most);
+    take(nodeStreams(socket, socket), most);
   });
   server.listen({ host, port });
   await once(server, "listening");
@@ -134,7 +162,7 @@ function listenOnDeno(host: string | undefined, port: number, most: number): { p
         const conn = await listener.accept();
         conn.setNoDelay();
         conn.setKeepAlive();
-        take(conn, most);
+        take(denoStreams(conn), most);
       } catch (error) {
         if (closed) return;
         console.error(`Cannot accept a call: ${(error as Error).message}`);
@@ -196,7 +224,7 @@ if (import.meta.main) {
   if (args[0] === "--help") console.log(HELP);
   else if (args[0] === "--listen") await serve(args);
   else {
-    await answer(webStreams(process.stdin, process.stdout), menu).catch(console.error);
+    await answer(nodeStreams(process.stdin, process.stdout), menu).catch(console.error);
     process.exit(); // a runtime may wait for the end of stdin otherwise
   }
 }

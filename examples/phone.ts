@@ -28,7 +28,7 @@ import {
   printable,
   transcript,
 } from "./asterisk.ts";
-import { webStreams } from "./menu.ts";
+import { nodeStreams } from "./menu.ts";
 
 const HELP = `phone.ts: call an IVR from the terminal, as Asterisk's ExternalIVR would
 
@@ -245,7 +245,7 @@ interface Line {
 async function open({ application, args }: Dialplan): Promise<Line> {
   if (application.startsWith("ivr://")) {
     const socket = await reach(application);
-    return webStreams(socket, socket);
+    return nodeStreams(socket, socket);
   }
   const child = spawn(application, args, { stdio: "pipe" });
   await new Promise<void>((resolve, reject) => {
@@ -255,7 +255,7 @@ async function open({ application, args }: Dialplan): Promise<Line> {
       (error) => reject(new Error(`Failed to execute '${application}': ${error.message}`)),
     );
   });
-  return { ...webStreams(child.stdout, child.stdin), stderr: Readable.toWeb(child.stderr) };
+  return { ...nodeStreams(child.stdout, child.stdin), stderr: Readable.toWeb(child.stderr) };
 }
 
 /** Connects to the first address of a name that answers. */
