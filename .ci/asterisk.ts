@@ -110,7 +110,7 @@ export class Live {
       OtherChannelId: `${id}-called`,
       ChannelId: `${id}-caller`,
       Context: "caller",
-      Exten: "s",
+      Exten: dead ? "gone" : "s",
       Priority: "1",
       Async: "true",
       Timeout: "86400000",

@@ -1,7 +1,7 @@
 // Copyright 2026 the ExternalIVR authors. MIT license.
 
 /**
- * Records what crosses the wire between the live Asterisk and a bare TCP client. `deno task record` makes the files of
+ * Records what crosses the wire between the live Asterisk and a bare TCP client, or a program. `deno task record` makes the files of
  * `examples/wire` anew: what they say of the call, its caller and its steps is the scenario, the rest is measured.
  *
  * @module
@@ -10,6 +10,7 @@
 import { readdirSync, readFileSync, writeFileSync } from "node:fs";
 import { type AddressInfo, createServer, type Socket } from "node:net";
 import { setTimeout as sleep } from "node:timers/promises";
+import { fileURLToPath } from "node:url";
 import { isDeepStrictEqual } from "node:util";
 import type { Recording } from "../examples/testing.ts";
 import { Live } from "./asterisk.ts";
@@ -29,6 +30,9 @@ const ENDLESS = 5000;
 
 const wire = new URL("../examples/wire/", import.meta.url);
 
+/** Does what it is told over TCP. */
+const PROGRAM = fileURLToPath(new URL("program", import.meta.url));
+
 /** The recordings of the project. */
 export function recordings(): RecordingFile[] {
   return readdirSync(wire).sort().map((file) => JSON.parse(readFileSync(new URL(file, wire), "utf8")));
@@ -42,11 +46,15 @@ export async function record(live: Live, scenario: RecordingFile): Promise<Recor
     connected.resolve({ socket, began: performance.now() });
   });
   await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
-  const here = application.replace(/\d+$/, String((server.address() as AddressInfo).port));
+  const { port } = server.address() as AddressInfo;
+  const program = !application.startsWith("ivr://");
+  const here = program ? PROGRAM : application.replace(/\d+$/, String(port));
+  const params = program ? [String(port), ...args] : args;
 
   for (const [name, value] of Object.entries(globals)) await live.setGlobal(name, value);
-  const set = steps.flatMap(([, text]) => text?.match(/(?<=^V,).*/gm) ?? []).join().split(",");
-  const call = await live.call(`ExternalIVR(${here}${args.length ? `(${args})` : ""}${options && `,${options}`})`, {
+  const sent = steps.map(([, text, to]) => to ? "" : text).join("");
+  const set = (sent.match(/(?<=^V,).*/gm) ?? []).join().split(",");
+  const call = await live.call(`ExternalIVR(${here}${params.length ? `(${params})` : ""}${options && `,${options}`})`, {
     variables,
     names: [...new Set(set.map((pair) => pair.replace(/=.*|^__?/g, "")))],
     dead: options.includes("d"),
@@ -65,20 +73,26 @@ export async function record(live: Live, scenario: RecordingFile): Promise<Recor
   socket.setEncoding("latin1").on("data", (data) => {
     const lines = (rest + data).split("\n");
     rest = lines.pop()!;
-    for (const line of lines) received.push([now(), line.replaceAll(here, application)]);
+    for (const line of lines) received.push([now(), line.replaceAll(program ? `${here},${port}` : here, application)]);
+    if (program && rest === "\0") end("end");
   });
   socket.on("end", () => end("end")).on("error", () => end("reset"));
 
   const acting = call.plan(caller, began);
   const wait = (ms: number) => sleep(Math.max(0, ms), undefined, { signal: over.signal }).catch(() => {});
-  for (const [at, text] of steps) {
+  const closed = new Set<string>();
+  for (const [at, text, to = "stdout"] of steps) {
     await wait(began + at * 1000 - performance.now());
-    if (text === null) socket.end();
+    if (text === "" || closed.has(to)) continue;
+    if (text === null) closed.add(to);
+    const descriptor = to === "stderr" ? 2 : 1;
+    if (program) socket.write(text === null ? `${descriptor}\n` : `${descriptor} ${text.length}\n${text}`, "latin1");
+    else if (text === null) socket.end();
     else socket.write(text, "latin1");
   }
   if (!ended) await wait(ENDLESS);
   const recorded = { received: [...received], ended };
-  socket.end();
+  socket.end(program ? "exit\n" : "");
 
   const { log, variables: values } = await call.over;
   await acting;
@@ -88,7 +102,7 @@ export async function record(live: Live, scenario: RecordingFile): Promise<Recor
     ...scenario,
     asterisk: /^\d+/.exec(await live.version())![0],
     ...recorded,
-    log: log.map((line) => line.replace(/^CONTINUED$/, `$& ${changed.map((pair) => pair.join("=")).join(" ")}`)),
+    log: log.map((line) => line === "CONTINUED" ? `${line} ${changed.map((pair) => pair.join("=")).join(" ")}` : line),
   };
 }
 

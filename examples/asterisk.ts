@@ -172,7 +172,7 @@ export class Asterisk {
   // The channel
   #up: boolean;
   #gone: boolean; // the caller
-  #hungUp = false; // and nothing that waits has found that out
+  #hungUp: boolean; // and nothing that waits has found that out
   #told: boolean; // that the caller is gone
   #keys: Digit[] = []; // that wait until Asterisk listens
   #listening: unknown; // the timer of the next of them
@@ -180,6 +180,7 @@ export class Asterisk {
 
   // The playlist
   #autoclear = false;
+  #plays = false; // files, or silence
   #playlist: string[] = []; // begins with what plays
   #playing: Playing | undefined;
   #aborted = false; // what plays was stopped, and the next frame will find that out
@@ -210,10 +211,13 @@ export class Asterisk {
     this.variables = { ...options.variables };
     this.globals = { ...options.globals };
     this.left = new Promise((resolve) => this.#leave = resolve);
-    this.#gone = this.#told = this.#has("d");
-    this.#up = this.#gone || !this.#has("n");
+    this.#gone =
+      this.#hungUp =
+      this.#told =
+      this.#up =
+        this.#has("d"); // what is dead was answered before
     this.#writer = streams.writable.getWriter();
-    if (this.#up) this.#answered();
+    if (!this.#has("n")) this.#answer();
     this.#commands = this.#read(streams.readable);
     if (streams.stderr) this.#errors = this.#read(streams.stderr);
   }
@@ -359,8 +363,12 @@ export class Asterisk {
 
   // The playlist -------------------------------------------------------------------------------------------
 
-  #answered(): void {
-    this.#note("answers", "");
+  #answer(): void {
+    if (!this.#up) this.#note("answers", "");
+    this.#up = true;
+    if (this.#plays) return;
+    this.#plays = true;
+    this.#hungUp = this.#gone; // playing finds it out
     this.#look();
     this.#listen();
   }
@@ -518,13 +526,11 @@ export class Asterisk {
           else this.#logs(`Unknown option requested: ${text}`);
         });
       case "T":
-        if (this.#up) return;
-        if (this.#gone || this.#options.answerable === false) {
+        if (!this.#up && (this.#gone || this.#options.answerable === false)) {
           this.#logs("Failed to answer channel");
           return this.#emit("Z", "ANSWER_FAILURE");
         }
-        this.#up = true;
-        return this.#answered();
+        return this.#answer();
       case "D":
         if (this.#version < 1.8) return;
         return this.#send(split(line.slice(2)));
@@ -580,7 +586,6 @@ export class Asterisk {
     const between = Math.max(0, lengthOfTime(interval)) || 250;
     const duration = lengthOfTime(rest.join());
     this.#logs(`Sending DTMF: ${fromLatin1(keys)} ${between} ${duration}`);
-    if (this.#has("d")) return;
     this.#note("sends", fromLatin1(keys));
     const sent = (): void => {
       this.#sending = undefined;
@@ -588,7 +593,7 @@ export class Asterisk {
     };
     // A hangup ends a pause, and with it all. It ends a key as well, but is forgotten then
     const wait = (ms: number, then: () => void, hungUp = sent): void => {
-      if (!this.#hungUp) this.#sending = { timer: this.#clock.after(ms * 1000, then), hungUp };
+      if (!this.#hungUp) this.#sending = { timer: ms < Infinity && this.#clock.after(ms * 1000, then), hungUp };
       else {
         this.#hungUp = false;
         hungUp();
@@ -630,13 +635,14 @@ function lengthOfTime(text: string): number {
   return Math.min(Math.trunc(Number(number) * ms), 2 ** 31 - 1);
 }
 
-/** Audio that goes on for a time, unless it is paused. */
+/** Audio that goes on for a time, but for the time it is paused. */
 class Audio {
   #clock: Clock;
   #left: number;
-  #since = 0;
-  #timer: unknown;
   #end: () => void;
+  #began = 0;
+  #timer: unknown;
+  #paused = true;
 
   constructor(clock: Clock, length: number, end: () => void) {
     this.#clock = clock;
@@ -645,12 +651,15 @@ class Audio {
     this.resume();
   }
 
+  /** Whether its end is still to come. */
   get goesOn(): boolean {
-    return this.#timer !== undefined;
+    return this.#paused || this.#timer !== undefined;
   }
 
   resume(): void {
-    this.#since = this.#clock.now();
+    if (!this.#paused) return;
+    this.#paused = false;
+    this.#began = this.#clock.now();
     this.#timer = this.#clock.after(this.#left, () => {
       this.#timer = undefined;
       this.#end();
@@ -658,14 +667,16 @@ class Audio {
   }
 
   pause(): void {
-    if (!this.goesOn) return;
-    this.#left -= this.#clock.now() - this.#since;
+    if (this.#timer === undefined) return;
     this.stop();
+    this.#paused = true;
+    this.#left -= this.#clock.now() - this.#began;
   }
 
   stop(): void {
     this.#clock.cancel(this.#timer);
     this.#timer = undefined;
+    this.#paused = false;
   }
 }
 
@@ -675,8 +686,9 @@ class Descriptor {
   arrived = "";
   /** Whether nothing more arrives. */
   ended = false;
-  /** What it has read. */
-  #read = "";
+  /** What it has read: the line it is at, and what is behind. */
+  #line = "";
+  #rest = "";
   #stalls: boolean;
 
   /** Since version 15 Asterisk reads more than a line, and so waits for more than it has to. */
@@ -695,17 +707,18 @@ class Descriptor {
    */
   gets(): string | undefined {
     for (;;) {
-      const newline = this.#read.indexOf("\n") + 1;
-      if (newline || this.#read.length >= 1023 || !this.arrived && this.ended) {
-        const line = this.#read.slice(0, Math.min(newline || 1023, 1023));
-        this.#read = this.#read.slice(line.length);
+      const room = 1023 - this.#line.length;
+      const size = Math.min(this.#rest.indexOf("\n") + 1 || this.#rest.length, room);
+      const line = this.#line += this.#rest.slice(0, size);
+      this.#rest = this.#rest.slice(size);
+      if (line.endsWith("\n") || size === room || !this.arrived && this.ended) {
+        this.#line = "";
         return line;
       }
       if (!this.arrived) return undefined;
-      let size = 2048 - this.#read.length;
-      if (!this.#stalls) size = Math.min(1023 - this.#read.length, this.arrived.indexOf("\n") + 1 || size);
-      this.#read += this.arrived.slice(0, size);
-      this.arrived = this.arrived.slice(size);
+      const read = this.#stalls ? 2048 : Math.min(this.arrived.indexOf("\n") + 1 || 1023, 1023 - line.length);
+      this.#rest = this.arrived.slice(0, read);
+      this.arrived = this.arrived.slice(read);
     }
   }
 }
@@ -807,21 +820,27 @@ export function parseDialplan(text: string): Dialplan {
   return { application, args: open < 0 || close === open + 1 ? [] : split(command.slice(open + 1, close)), options };
 }
 
-/** Splits at commas outside of parentheses, brackets and quotes, as the dialplan does; a backslash takes the next as it is. */
+/** Splits at commas outside of parentheses, brackets and quotes; a backslash takes the next character as it is. */
 function split(text: string): string[] {
   const parts = [""];
-  let depth = 0;
+  let round = 0;
+  let square = 0;
   let quoted = false;
   for (let i = 0; i < text.length; i++) {
     let char = text[i]!;
-    if (char === '"') quoted = !quoted;
-    else {
-      if (char === "\\") char = text[++i] ?? "";
-      else if (char === "(" || char === "[") depth++;
-      else if ((char === ")" || char === "]") && depth) depth--;
-      if (char === "," && !depth && !quoted) parts.push("");
-      else parts[parts.length - 1] += char;
+    if (char === "\\") char = text[++i] ?? "";
+    else if (char === "(") round++;
+    else if (char === ")") round = Math.max(0, round - 1);
+    else if (char === "[") square++;
+    else if (char === "]") square = Math.max(0, square - 1);
+    else if (char === '"') {
+      quoted = !quoted;
+      continue;
+    } else if (char === "," && !round && !square && !quoted) {
+      parts.push("");
+      continue;
     }
+    parts[parts.length - 1] += char;
   }
   return parts;
 }

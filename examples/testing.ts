@@ -581,7 +581,7 @@ export class Call {
 
 /**
  * Plays a recording: its caller against a handler, or, without one, against the very commands that were recorded. Resolves
- * with the recording of what happened now.
+ * with the recording of what happened now, and tells `onNote` of it meanwhile.
  *
  * @example
  * ```ts
@@ -597,6 +597,7 @@ export class Call {
 export async function replay(
   recording: Recording,
   handler?: (ivr: Ivr) => unknown,
+  onNote?: (note: Note) => void,
 ): Promise<Recording> {
   const { caller, steps, received, ended, log: _, ...texts } = recording;
   const options = convert(texts, (text) => fromBytes(Buffer.from(text, "latin1")));
@@ -624,6 +625,7 @@ export async function replay(
   const call: Call = new Call(handler ? answered(handler) : perform, {
     ...options,
     epoch: Number(first) - at,
+    onNote,
   });
   call.plan(caller);
   await call.over();
