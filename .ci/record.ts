@@ -12,7 +12,7 @@ import { type AddressInfo, createServer, type Socket } from "node:net";
 import { setTimeout as sleep } from "node:timers/promises";
 import { fileURLToPath } from "node:url";
 import { isDeepStrictEqual } from "node:util";
-import type { Recording } from "../examples/testing.ts";
+import { formatRecording, type Recording } from "../examples/asterisk.ts";
 import { Live } from "./asterisk.ts";
 
 /** A recording as it lies in its file. */
@@ -112,16 +112,6 @@ export function untimed({ received, ended, ...rest }: RecordingFile): unknown {
   return { ...rest, received: received.map(([, text]) => line(text)), ended: ended && ended[1] };
 }
 
-/** A recording as its file is written: a line for everything that happens. */
-function format(recording: RecordingFile): string {
-  // An array within an array is one line
-  return JSON.stringify(recording, null, 2).replace(
-    /(?<=^ {4})\[\n.*?^ {4}\]/gms,
-    (array) => array.replace(/\n */g, " "),
-  )
-    .replace(/(?<=^ {4})\[ (.*) \]/gm, "[$1]") + "\n";
-}
-
 function unanswered(): never {
   throw new Error("Asterisk did not connect");
 }
@@ -131,7 +121,7 @@ if (import.meta.main) {
   await Promise.all(
     recordings().map(async (then) => {
       const now = await record(live, then);
-      writeFileSync(new URL(`${now.name}.json`, wire), format(now));
+      writeFileSync(new URL(`${now.name}.json`, wire), formatRecording(now));
       const same = isDeepStrictEqual(untimed(now), untimed(then));
       console.log(`${now.name}: ${same ? "the same but for times" : "it changed"}`);
     }),

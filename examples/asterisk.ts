@@ -118,6 +118,32 @@ export type Left = "continued" | "hungup";
 /** What a caller does, when: seconds since the call began. */
 export type CallerAction = readonly [at: number, does: "press", keys: string] | readonly [at: number, does: "hangup"];
 
+/** A call as it is recorded: times in seconds from the connection, bytes as the characters U+0000 to U+00FF. */
+export interface Recording extends Dialplan {
+  /** The playable files and their lengths in seconds. */
+  sounds: Record<string, number>;
+  /** The channel's variables before the call. */
+  variables: Record<string, string>;
+  /** The global variables before the call. */
+  globals: Record<string, string>;
+  /** `[at, "press", keys]`, each key held 100 ms, 150 ms between keys; `[at, "hangup"]`. */
+  caller: CallerAction[];
+  /** `[at, text]` sent in one write; `null` ends the commands. With `"stderr"` that is where a program wrote it. */
+  steps: (readonly [at: number, text: string | null, to?: "stderr"])[];
+  /** `[at, line]` each line that came back. */
+  received: (readonly [at: number, line: string])[];
+  /** When and how the events ended. */
+  ended: readonly [at: number, how: string] | null;
+  /** What Asterisk logged, and `CONTINUED` or `HUNGUP`. */
+  log: string[];
+  /** As in {@linkcode HostOptions}, where it was not the default. */
+  version?: number;
+  /** As in {@linkcode HostOptions}, where it was not the default. */
+  answerable?: boolean;
+  /** As in {@linkcode HostOptions}, where it was not the default. */
+  unreadable?: string[];
+}
+
 /** What is playing. */
 export interface Playing {
   /** The file. */
@@ -167,7 +193,12 @@ export class Asterisk {
   #writer: ReturnType<Sink["getWriter"]>;
   #readers: ReturnType<Source["getReader"]>[] = [];
   #leave!: (left: Left) => void;
-  #over = false;
+  #end: { at: number; left: Left } | undefined;
+
+  // What is recorded
+  #caller: CallerAction[] = [];
+  #steps: [at: number, text: string | null, to?: "stderr"][] = [];
+  #received: [at: number, line: string][] = [];
 
   // The channel
   #up: boolean;
@@ -219,7 +250,7 @@ export class Asterisk {
     this.#writer = streams.writable.getWriter();
     if (!this.#has("n")) this.#answer();
     this.#commands = this.#read(streams.readable);
-    if (streams.stderr) this.#errors = this.#read(streams.stderr);
+    if (streams.stderr) this.#errors = this.#read(streams.stderr, "stderr");
   }
 
   /** Seconds since the call began. */
@@ -234,12 +265,12 @@ export class Asterisk {
 
   /** Whether the call has left `ExternalIVR`. */
   get over(): boolean {
-    return this.#over;
+    return this.#end !== undefined;
   }
 
   /** What plays now; `undefined` is silence. */
   get playing(): Playing | undefined {
-    return this.#gone || this.#over || this.#mute ? undefined : this.#playing;
+    return this.#gone || this.over || this.#mute ? undefined : this.#playing;
   }
 
   /** What waits in the playlist, in order. */
@@ -255,7 +286,13 @@ export class Asterisk {
    */
   press(key: Digit): void {
     checkKey(key);
-    if (this.#over || this.#gone) return;
+    if (this.over || this.#gone) return;
+    this.#caller.push([(this.#elapsed - KEY) / 1e6, "press", key]);
+    this.#press(key);
+  }
+
+  #press(key: Digit): void {
+    if (this.over || this.#gone) return;
     this.#note("caller", `presses ${key}`);
     this.#keys.push(key);
     if (this.#listens && this.#keys.length === 1) this.#hear();
@@ -263,7 +300,13 @@ export class Asterisk {
 
   /** The caller hangs up. */
   hangUp(): void {
-    if (this.#over || this.#gone) return;
+    if (this.over || this.#gone) return;
+    this.#caller.push([this.at, "hangup"]);
+    this.#hangUp();
+  }
+
+  #hangUp(): void {
+    if (this.over || this.#gone) return;
     this.#note("caller", "hangs up");
     this.#gone = true;
     this.#keys = [];
@@ -290,15 +333,50 @@ export class Asterisk {
       if (at <= this.#elapsed) run();
       else this.#planned.push(this.#clock.after(at - this.#elapsed, run));
     };
-    for (const [at, does, keys = ""] of caller) {
-      if (does === "hangup") act(micros(at), () => this.hangUp());
+    for (const action of caller) {
+      const [at, does, keys = ""] = action;
+      if (does === "hangup") act(micros(at), () => this.#hangUp());
       else if (does !== "press") throw new TypeError(`Cannot plan "${does}": a caller can press and hangup`);
       for (const [i, key] of [...keys.toUpperCase()].entries()) {
         checkKey(key);
-        act(micros(at) + KEY + i * NEXT_KEY, () => this.press(key as Digit));
+        act(micros(at) + KEY + i * NEXT_KEY, () => this.#press(key as Digit));
       }
+      this.#caller.push(action);
     }
     return last / 1e6;
+  }
+
+  /** The call so far. What the caller is only going to do is in it, and what did not reach the IVR is not. */
+  recording(): Recording {
+    const { application = "ivr://localhost", args = [], options = "", variables = {}, globals = {}, sounds } =
+      this.#options;
+    const { version, answerable, unreadable } = this.#options;
+    const set = Object.entries(this.variables).filter(([name, value]) => variables[name] !== value);
+    const texts = {
+      application,
+      args,
+      options,
+      sounds: { ...typeof sounds === "object" && sounds, ...Object.fromEntries(this.found) },
+      variables,
+      globals,
+      ...unreadable && { unreadable },
+      log: [
+        ...this.log,
+        ...this.#end?.left === "continued" ? [`CONTINUED ${set.map((pair) => pair.join("=")).join(" ")}`] : [],
+        ...this.#end ? ["HUNGUP"] : [],
+      ],
+    };
+    const { log, ...before } = inLatin1(texts);
+    return {
+      ...before,
+      ...version !== undefined && { version },
+      ...answerable !== undefined && { answerable },
+      caller: [...this.#caller],
+      steps: [...this.#steps],
+      received: [...this.#received],
+      ended: this.#end ? [this.#end.at, "end"] : null,
+      log,
+    };
   }
 
   get #elapsed(): number {
@@ -322,11 +400,14 @@ export class Asterisk {
     const timestamp = Math.floor(this.#epoch + this.at) | 0; // 32 bits, as Asterisk counts
     const line = `${tag},${String(timestamp).padStart(10)}${data === undefined ? "" : `,${data}`}`;
     this.#note("event", line);
-    this.#writer.write(toBytes(`${line}\n`)).catch(() => {});
+    const bytes = toBytes(`${line}\n`);
+    const received: [number, string] = [this.at, latin1(bytes).slice(0, -1)];
+    this.#received.push(received);
+    this.#writer.write(bytes).catch(() => this.#received.splice(this.#received.lastIndexOf(received), 1));
   }
 
   #finish(left: Left): void {
-    this.#over = true;
+    this.#end = { at: this.at, left };
     this.#audio?.stop();
     for (const timer of [this.#reacting, this.#sending?.timer, this.#listening, ...this.#planned]) {
       this.#clock.cancel(timer);
@@ -352,7 +433,7 @@ export class Asterisk {
 
   /** Takes the keys that have waited, if Asterisk listens again. */
   #listen(time: number = LATE_KEY): void {
-    if (this.#over || this.#listening !== undefined || !this.#keys.length) return;
+    if (this.over || this.#listening !== undefined || !this.#keys.length) return;
     this.#listening = this.#clock.after(time, () => {
       this.#listening = undefined;
       if (!this.#listens) return;
@@ -438,17 +519,21 @@ export class Asterisk {
 
   // The loop -----------------------------------------------------------------------------------------------
 
-  #read(source: Source): Descriptor {
+  #read(source: Source, to?: "stderr"): Descriptor {
+    const step = (text: string | null) => this.#steps.push(to ? [this.at, text, to] : [this.at, text]);
     const descriptor = new Descriptor(this.#version);
     const reader = source.getReader();
     this.#readers.push(reader);
     (async () => {
       try {
         for (let chunk; !(chunk = await reader.read()).done;) {
-          descriptor.arrived += latin1(chunk.value!);
+          const text = latin1(chunk.value);
+          step(text);
+          descriptor.arrived += text;
           this.#react();
         }
       } catch { /* a reset is an end */ }
+      if (!this.over) step(null);
       descriptor.ended = true;
       this.#react();
     })();
@@ -456,7 +541,7 @@ export class Asterisk {
   }
 
   #react(): void {
-    if (this.#over) return;
+    if (this.over) return;
     this.#reacting ??= this.#clock.after(REACTION, () => {
       this.#reacting = undefined;
       this.#loop();
@@ -468,7 +553,7 @@ export class Asterisk {
    * finished, and carries out one line. A `D` and half a line stop all that.
    */
   #loop(): void {
-    while (!this.#over && !this.#sending) {
+    while (!this.over && !this.#sending) {
       if (!this.#blocked && this.#gone && !this.#told) {
         this.#told = true;
         if (!this.#has("i")) {
@@ -784,6 +869,15 @@ function fromLatin1(bytes: string): string {
   return fromBytes(Buffer.from(bytes, "latin1"));
 }
 
+/** The same with the bytes of every text, and of every name, as characters. */
+function inLatin1<T>(value: T): T {
+  return JSON.parse(JSON.stringify(value), (_, item) => {
+    if (typeof item === "string") return latin1(toBytes(item));
+    if (item === null || typeof item !== "object" || Array.isArray(item)) return item;
+    return Object.fromEntries(Object.entries(item).map(([name, own]) => [latin1(toBytes(name)), own]));
+  });
+}
+
 /**
  * Reads the text of the dialplan's `ExternalIVR(…)`: `command[(arg1,arg2,…)][,options]`. As in Asterisk the whole text loses
  * its quotes and backslashes before the arguments are split: they do not keep a comma inside of an argument.
@@ -880,4 +974,14 @@ const SAYS: Record<Note["kind"], (text: string) => string> = {
 export function transcript(notes: Note[]): string {
   const told = notes.filter(({ text }) => !/^G,(?: *-?\d+,)?EIVR_ACK_\d+=?$/.test(text));
   return told.map(({ at, kind, text }) => `${at.toFixed(3).padStart(9)}  ${printable(SAYS[kind](text))}`).join("\n");
+}
+
+/** A recording as the text of its file: a line for everything that happens. */
+export function formatRecording(recording: Recording): string {
+  // An array within an array is one line
+  return JSON.stringify(recording, null, 2).replace(
+    /(?<=^ {4})\[\n.*?^ {4}\]/gms,
+    (array) => array.replace(/\n */g, " "),
+  )
+    .replace(/(?<=^ {4})\[ (.*) \]/gm, "[$1]") + "\n";
 }

@@ -32,7 +32,7 @@ import {
   type Sink,
   type Source,
 } from "../mod.ts";
-import type { Recording } from "./testing.ts";
+import type { Recording } from "./asterisk.ts";
 
 /** How a call is tapped. */
 export interface TapOptions {

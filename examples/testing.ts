@@ -41,15 +41,16 @@ import {
   Asterisk,
   type CallerAction,
   type Clock,
-  type Dialplan,
   fromBytes,
   type HostOptions,
   type Left,
   type Note,
   printable,
-  toBytes,
+  type Recording,
   transcript,
 } from "./asterisk.ts";
+
+export type { Recording } from "./asterisk.ts";
 
 // ---------------------------------------------------------------------------------------------------------
 // A time of its own
@@ -241,32 +242,6 @@ export interface DialOptions extends Omit<HostOptions, "clock"> {
   clock?: VirtualClock;
 }
 
-/** A call as it is recorded: times in seconds from the connection, bytes as the characters U+0000 to U+00FF. */
-export interface Recording extends Dialplan {
-  /** The playable files and their lengths in seconds. */
-  sounds: Record<string, number>;
-  /** The channel's variables before the call. */
-  variables: Record<string, string>;
-  /** The global variables before the call. */
-  globals: Record<string, string>;
-  /** `[at, "press", keys]`, each key held 100 ms, 150 ms between keys; `[at, "hangup"]`. */
-  caller: CallerAction[];
-  /** `[at, text]` sent in one write; `null` ends the commands. With `"stderr"` that is where a program wrote it. */
-  steps: (readonly [at: number, text: string | null, to?: "stderr"])[];
-  /** `[at, line]` each line that came back. */
-  received: (readonly [at: number, line: string])[];
-  /** When and how the events ended. */
-  ended: readonly [at: number, how: string] | null;
-  /** What Asterisk logged, and `CONTINUED` or `HUNGUP`. */
-  log: string[];
-  /** As in {@linkcode HostOptions}, where it was not the default. */
-  version?: number;
-  /** As in {@linkcode HostOptions}, where it was not the default. */
-  answerable?: boolean;
-  /** As in {@linkcode HostOptions}, where it was not the default. */
-  unreadable?: string[];
-}
-
 /** A script that cannot go on: the message ends with the transcript of the call. */
 export class CallError extends Error {
   /** Always `"CallError"`. */
@@ -317,9 +292,6 @@ export class Call {
   readonly notes: Note[] = [];
 
   #options: DialOptions;
-  #steps: [at: number, text: string | null, to?: "stderr"][] = [];
-  #received: [number, string][] = [];
-  #caller: CallerAction[] = [];
   #heard = 0;
   #handler: "running" | "done" | "failed" = "running";
   #failure: unknown;
@@ -398,7 +370,6 @@ export class Call {
 
   /** Has the caller do things by themselves while the script goes on: see {@linkcode Asterisk.plan}. */
   plan(caller: CallerAction[]): number {
-    this.#caller.push(...caller);
     return this.host.plan(caller);
   }
 
@@ -442,34 +413,7 @@ export class Call {
 
   /** The call so far, as recordings are written. Of the {@linkcode Faults} only what they did to it is recorded. */
   recording(): Recording {
-    const { application = "ivr://localhost", args = [], options = "", variables = {}, globals = {}, sounds } =
-      this.#options;
-    const { version, answerable, unreadable } = this.#options;
-    const ended = this.notes.find(({ kind }) => kind === "ends");
-    const set = Object.entries(this.variables).filter(([name, value]) => variables[name] !== value);
-    const texts = {
-      application,
-      args,
-      options,
-      sounds: { ...typeof sounds === "object" && sounds, ...Object.fromEntries(this.host.found) },
-      variables,
-      globals,
-      ...unreadable && { unreadable },
-      log: [
-        ...this.log,
-        ...ended?.text === "continued" ? [`CONTINUED ${set.map((pair) => pair.join("=")).join(" ")}`] : [],
-        ...ended ? ["HUNGUP"] : [],
-      ],
-    };
-    return {
-      ...convert(texts, (text) => latin1(toBytes(text))),
-      ...version !== undefined && { version },
-      ...answerable !== undefined && { answerable },
-      caller: this.#caller,
-      steps: this.#steps,
-      received: this.#received,
-      ended: ended ? [ended.at, "end"] : null,
-    };
+    return this.host.recording();
   }
 
   /** Hangs up if the call still goes on, and waits for its end. */
@@ -510,12 +454,11 @@ export class Call {
     { chunk = Infinity, resetAfter, endAfter, readDelay }: Faults,
   ): { ivr: Streams; host: ConstructorParameters<typeof Asterisk>[0]; exit: () => void } {
     const commands = this.#pipe(readDelay);
-    const errors = program ? this.#pipe(readDelay, "stderr") : undefined;
+    const errors = program ? this.#pipe(readDelay) : undefined;
     let sent = 0;
     const events = new TransformStream<Uint8Array, Uint8Array>(
       {
         transform: (bytes, controller) => {
-          this.#received.push([this.host.at, latin1(bytes).slice(0, -1)]); // a write is a line
           while (bytes.length) {
             const size = Math.max(1, typeof chunk === "function" ? chunk() : chunk);
             const piece = bytes.slice(
@@ -544,24 +487,17 @@ export class Call {
     };
   }
 
-  /** A stream to Asterisk, which records what goes through. */
-  #pipe(delay?: number, to?: "stderr") {
+  /** A stream to Asterisk. */
+  #pipe(delay?: number) {
     let controller!: TransformStreamDefaultController<Uint8Array>;
-    let ended = false;
-    const step = (text: string | null) => {
-      ended = text === null;
-      this.#steps.push(to ? [this.host.at, text, to] : [this.host.at, text]);
-    };
     const { readable, writable } = new TransformStream<Uint8Array, Uint8Array>(
       {
         start: (own) => void (controller = own),
         transform: async (bytes) => {
           if (delay === Infinity) await new Promise(() => {});
           if (delay) await new Promise<void>((resolve) => this.clock.after(delay * 1e6, resolve));
-          step(latin1(bytes));
           controller.enqueue(bytes);
         },
-        flush: () => step(null),
       },
       ROOM,
       ROOM,
@@ -570,11 +506,7 @@ export class Call {
       readable,
       writable,
       reset: (error: Error) => controller.error(error),
-      exit: () => {
-        if (ended) return;
-        step(null);
-        controller.terminate();
-      },
+      exit: () => controller.terminate(),
     };
   }
 }
@@ -600,7 +532,7 @@ export async function replay(
   onNote?: (note: Note) => void,
 ): Promise<Recording> {
   const { caller, steps, received, ended, log: _, ...texts } = recording;
-  const options = convert(texts, (text) => fromBytes(Buffer.from(text, "latin1")));
+  const options: typeof texts = JSON.parse(fromBytes(Buffer.from(JSON.stringify(texts), "latin1")));
   const [[first = "0"] = []] = received.map(([, line]) => line.split(",").slice(1));
   const at = received[0]?.[0] ?? 0;
   let stopped: number | undefined;
@@ -616,7 +548,8 @@ export async function replay(
       await send(text, to);
     }
     if (!ended) {
-      await new Promise((resolve) => setTimeout(resolve, 2000));
+      const rest = (received.at(-1)?.[0] ?? 0) - call.host.at; // what came behind the last command
+      await new Promise((resolve) => setTimeout(resolve, Math.max(2, rest) * 1000));
       stopped = call.host.at;
       await Promise.all([send(null), send(null, "stderr")]);
     }
@@ -633,18 +566,4 @@ export async function replay(
   if (stopped === undefined) return now;
   const before = ([at]: readonly [number, string]) => at <= stopped!;
   return { ...now, received: now.received.filter(before), ended: now.ended && before(now.ended) ? now.ended : null };
-}
-
-/** The same with every text, and every name, in another form. */
-function convert<T>(value: T, form: (text: string) => string): T {
-  return JSON.parse(JSON.stringify(value), (_, item) => {
-    if (typeof item === "string") return form(item);
-    if (item === null || typeof item !== "object" || Array.isArray(item)) return item;
-    return Object.fromEntries(Object.entries(item).map(([name, own]) => [form(name), own]));
-  });
-}
-
-/** Bytes as characters, U+0000 to U+00FF. */
-function latin1(bytes: Uint8Array): string {
-  return Buffer.from(bytes).toString("latin1");
 }
