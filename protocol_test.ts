@@ -5,8 +5,10 @@
 import assert from "node:assert/strict";
 import { Buffer } from "node:buffer";
 import { spawn } from "node:child_process";
-import { readdirSync, readFileSync } from "node:fs";
+import { mkdtempSync, readdirSync, readFileSync, rmSync } from "node:fs";
 import { type AddressInfo, connect, createServer } from "node:net";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
 import process from "node:process";
 import { Duplex, Readable, Writable } from "node:stream";
 import { test } from "node:test";
@@ -1981,10 +1983,11 @@ test("faults: a connection that is reset or ends at every byte, in chunks of any
 // 6. The stand-in against the recordings of a real Asterisk 22
 // ---------------------------------------------------------------------------------------------------------
 
+const untimedLines = ({ received }: Recording) => received.map(([, line]) => line.replace(/^(.), *-?\d+/, "$1"));
+
 /** The same lines in the same order within 0.4 s, the same end and the same log. */
 function assertSame(now: Recording, then: Recording): void {
-  const untimed = (line: string) => line.replace(/^(.), *-?\d+/, "$1");
-  assert.deepEqual(now.received.map(([, line]) => untimed(line)), then.received.map(([, line]) => untimed(line)));
+  assert.deepEqual(untimedLines(now), untimedLines(then));
   now.received.forEach(([at], i) => assert.ok(Math.abs(at - then.received[i]![0]) < 0.4));
   assert.equal(now.ended === null, then.ended === null);
   if (now.ended && then.ended) assert.ok(Math.abs(now.ended[0] - then.ended[0]) < 0.4);
@@ -2002,6 +2005,22 @@ for (const recorded of recordings()) {
     assertSame(await replay(recorded), recorded);
   });
 }
+
+test("recording: one without an end plays to what came last, however long after the last command", async () => {
+  let leave = () => {};
+  const call = dialStreams(async ({ writable }) => {
+    await new Promise<void>((resolve) => leave = resolve);
+    await writable.close();
+  }, { options: "i" });
+  call.plan([[10, "press", "1"], [20, "hangup"]]);
+  await call.wait(30);
+  const recording = call.recording();
+  leave();
+  await call.over();
+  assert.equal(recording.ended, null);
+  assert.deepEqual(untimedLines(recording), ["1", "I,HANGUP"]);
+  assert.deepEqual(untimedLines(await replay(recording)), untimedLines(recording));
+});
 
 test("recording: a call is recorded as recordings are, and comes back the same", async () => {
   const handlers: [(ivr: Ivr) => Promise<void>, Parameters<typeof dial>[1], CallerAction[]][] = [
@@ -2160,8 +2179,7 @@ test("tap: what passes is recorded as the kit records it, and plays again as it 
     const ends = now.received.filter(([, line]) => line.startsWith("F")).map(([at]) => at);
     if (now.caller.some(([at]) => ends.some((end) => Math.abs(at + 0.2 - end) < 0.2))) return;
     const again = await replay(now, menu);
-    const untimed = ({ received }: Recording) => received.map(([, line]) => line.replace(/^(.), *-?\d+/, "$1"));
-    assert.deepEqual(untimed(again), untimed(now));
+    assert.deepEqual(untimedLines(again), untimedLines(now));
     assert.deepEqual(texts(again)[3], texts(now)[3]);
   }));
 
@@ -2758,6 +2776,62 @@ test("phone: calls a program, scripted, and its exit status is where the call we
   assert.match(nobody.err, /Could not connect/);
 });
 
+/** What the telephone keeps of a call in a file of its own. */
+async function kept(talk: (file: string) => Promise<unknown>): Promise<Recording> {
+  const folder = mkdtempSync(join(tmpdir(), "phone-"));
+  try {
+    const file = join(folder, "call.json");
+    await talk(file);
+    return JSON.parse(readFileSync(file, "utf8"));
+  } finally {
+    rmSync(folder, { recursive: true });
+  }
+}
+
+test("phone: keeps a call as a recording, which plays again without it", async () => {
+  const sounds = ["hello-world=9", "vm-press=9", "digits/1=0.1", "digits/2=0.1", "auth-thankyou=0.1"];
+  const recording = await kept(async (file) => {
+    const options = [...sounds.flatMap((sound) => ["--sound", sound]), "--set", "CITY=Žižkov", "--transcript", file];
+    const { code, err } = await phone(...options, "--caller", "1.3 1234#, 2.7 2", program("menu.ts", "sales"));
+    assert.equal(code, 0, err);
+  });
+  assert.ok(recording.received.length > 10);
+  assert.deepEqual(recording.caller, [[1.3, "press", "1234#"], [2.7, "press", "2"]]);
+  assert.ok(recording.log.includes("CONTINUED ACCOUNT=1234 DEPARTMENT=support"), recording.log.join("\n"));
+  assertSame(await replay(recording), recording);
+  const again = await replay(recording, menu);
+  assert.deepEqual(untimedLines(again), untimedLines(recording));
+  assert.deepEqual(again.log, recording.log);
+});
+
+test("phone: keeps a call that the IVR never ends, with the hangup by Ctrl-C in it", async () => {
+  const server = createServer((socket) => void socket.on("error", () => {}).resume());
+  await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
+  const { port } = server.address() as AddressInfo;
+  const recording = await kept(async (file) => {
+    const call = ["--caller", "0.1 5", "--transcript", file, `ivr://127.0.0.1:${port},i`];
+    const child = spawn(process.execPath, [...runtime, example("phone.ts"), ...call], {
+      stdio: ["ignore", "pipe", "inherit"],
+    });
+    const closed = new Promise((resolve) => child.once("close", resolve));
+    let out = "";
+    let again: ReturnType<typeof setInterval> | undefined; // of two at once a runtime may tell only one
+    child.stdout.on("data", (data) => {
+      out += data;
+      if (!/<-- 5/.test(out) || again) return;
+      process.kill(child.pid!, "SIGINT"); // Deno's child.kill() forgets the end of the child
+      again = setInterval(() => /<-- I/.test(out) && process.kill(child.pid!, "SIGINT"), 100);
+    });
+    child.once("exit", () => clearInterval(again));
+    assert.equal(await closed, 1);
+  });
+  await new Promise((resolve) => server.close(resolve));
+  assert.deepEqual(untimedLines(recording), ["5", "I,HANGUP"]);
+  assert.equal(recording.caller.at(-1)?.[1], "hangup");
+  assert.equal(recording.ended, null);
+  assert.deepEqual(untimedLines(await replay(recording)), untimedLines(recording));
+});
+
 test("phone: tells what became of each prompt, and ends without a word when nobody reads on", async () => {
   const child = spawn(process.execPath, [
     ...runtime,
@@ -2785,6 +2859,7 @@ test("phone: wrong use is answered with what is wrong, and help with help", asyn
     [["--sound", "beep=long", "ivr://x"], /seconds/],
     [["--sounds", "/nonexistent", "ivr://x"], /nonexistent/],
     [["--caller", "1 x", "ivr://x"], /"1 x"/],
+    [["--transcript", "/nonexistent/call.json", "ivr://x"], /call\.json/],
     [["ivr://x,q"], /n, i and d/],
     [["/bin/x(a"], /parenthesis/],
   ];
@@ -2797,6 +2872,7 @@ test("phone: wrong use is answered with what is wrong, and help with help", asyn
   const help = await phone("--help");
   assert.equal(help.code, 0);
   assert.match(help.out, /--caller/);
+  assert.match(help.out, /--transcript FILE/);
 });
 
 test("menu: as a server it takes calls until a signal comes, and those under way end first", async () => {

@@ -10,7 +10,7 @@
 
 import { spawn } from "node:child_process";
 import { lookup } from "node:dns/promises";
-import { closeSync, openSync, readdirSync, readSync, statSync } from "node:fs";
+import { closeSync, openSync, readdirSync, readSync, statSync, writeFileSync } from "node:fs";
 import { connect, type Socket } from "node:net";
 import { isAbsolute, join, relative, sep } from "node:path";
 import process from "node:process";
@@ -22,6 +22,7 @@ import {
   Asterisk,
   type CallerAction,
   type Dialplan,
+  formatRecording,
   type HostOptions,
   type Note,
   parseDialplan,
@@ -45,6 +46,7 @@ hangup is left to the IVR; d, the caller is gone from the start.
   --global NAME=VALUE     a global variable; may be repeated
   --caller "0.5 1, 0.8 23#, 4 hangup"
                           what the caller does by themselves: seconds, then keys or hangup
+  --transcript FILE       keeps the call as a recording, written when it ends: replay of testing.ts plays it
   --menu                  call menu.ts beside this file, unless the text names something else
   --help                  this text
 
@@ -66,6 +68,7 @@ interface Arguments {
   dialplan: Dialplan;
   host: HostOptions;
   caller: CallerAction[];
+  transcript?: string;
 }
 
 function readArguments(): Arguments {
@@ -107,7 +110,18 @@ function readArguments(): Arguments {
       globals: Object.fromEntries(pairs("global", values.global)),
     },
     caller: (values.caller ?? []).join().split(",").filter((part) => part.trim()).map(readAction),
+    transcript: values.transcript,
   };
+}
+
+/** Leaves what is in the file until there is something to replace it. */
+function tryToWrite(file: string, text?: string): void {
+  try {
+    if (text === undefined) closeSync(openSync(file, "a"));
+    else writeFileSync(file, text);
+  } catch (error) {
+    wrong(`--transcript "${file}": ${(error as Error).message}`);
+  }
 }
 
 function parsed() {
@@ -120,6 +134,7 @@ function parsed() {
         set: { type: "string", multiple: true },
         global: { type: "string", multiple: true },
         caller: { type: "string", multiple: true },
+        transcript: { type: "string" },
         menu: { type: "boolean" },
         help: { type: "boolean", short: "h" },
       },
@@ -317,10 +332,8 @@ class Screen {
   draw(host: Asterisk): void {
     const width = Math.max(40, process.stdout.columns || 80) - 1;
     // What does not fit could not be drawn over
-    const lines = this.#lines(host, width).slice(0, Math.max(1, (process.stdout.rows || 24) - 1)).map((line) => {
-      const text = printable(line);
-      return text.length > width ? text.slice(0, width - 1) + "…" : text;
-    });
+    const lines = this.#lines(host, width).slice(0, Math.max(1, (process.stdout.rows || 24) - 1))
+      .map((line) => fit(line, width));
     const up = this.#height ? `\x1b[${this.#height}A\r` : "";
     process.stdout.write(`${up}${lines.map((line) => `${line}\x1b[K\r\n`).join("")}\x1b[J`);
     this.#height = lines.length;
@@ -343,13 +356,12 @@ class Screen {
       `  ${state.padEnd(12)} ${host.at.toFixed(1)} s`,
       `  playing      ${this.#bar(host, width - 15)}`,
       `  waiting      ${host.waiting.join("  ") || "-"}`,
-      `  heard        ${last(this.#notes.flatMap((note) => outcome(note) ?? []), width - 15)}`,
+      `  heard        ${last(this.#notes.flatMap((note) => outcome(note) ?? []).join("  "), width - 15)}`,
       `  keys         ${
-        texts("caller").map((text) => /^presses (.)$/.exec(text)?.[1] ?? "")
-          .join(" ").trim() || "-"
+        last(texts("caller").flatMap((text) => /^presses (.)$/.exec(text)?.[1] ?? []).join(" "), width - 15)
       }`,
       ...texts("sends").length ? [`  sent keys    ${texts("sends").join(" ")}`] : [],
-      `  set          ${last(set.map((pair) => pair.join("=")), width - 15)}`,
+      `  set          ${last(set.map((pair) => pair.join("=")).join("  "), width - 15)}`,
       ...log.map((text, i) => `  ${i ? "   " : "log"}          ${text}`),
     ];
     if (ended) return lines;
@@ -361,16 +373,31 @@ class Screen {
     if (!playing) return "-";
     const { length } = playing;
     const at = Math.min(length, host.at - playing.since);
-    const size = Math.max(10, Math.min(30, width - playing.file.length - 16));
+    const times = ` ${at.toFixed(1)} of ${length.toFixed(1)} s`;
+    const size = Math.max(10, Math.min(30, width - playing.file.length - times.length - 3));
     const full = length ? Math.round(at / length * size) : size;
-    return `${playing.file} [${"#".repeat(full)}${".".repeat(size - full)}] ${at.toFixed(1)} of ${length.toFixed(1)} s`;
+    const file = last(playing.file, Math.max(1, width - size - times.length - 3));
+    return `${file} [${"#".repeat(full)}${".".repeat(size - full)}]${times}`;
   }
 }
 
-/** As many of the last words as there is room for. */
-function last(words: string[], room: number): string {
-  const line = words.join("  ") || "-";
-  return line.length > room ? "…" + line.slice(1 - room) : line;
+/** The characters that take two columns. */
+const WIDE =
+  /[\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe6f\uff00-\uff60\uffe0-\uffe6\u{1f300}-\u{1faff}\u{20000}-\u{3ffff}]/u;
+
+/** As much of a text as there is room for in columns, and a mark where it was cut. */
+function fit(text: string, room: number, cut: "end" | "beginning" = "end"): string {
+  const chars = [...printable(text)];
+  const columns = (char: string) => WIDE.test(char) ? 2 : 1;
+  let width = chars.reduce((sum, char) => sum + columns(char), 0);
+  if (width <= room) return chars.join("");
+  while (width > room - 1 && chars.length) width -= columns((cut === "end" ? chars.pop() : chars.shift())!);
+  return cut === "end" ? `${chars.join("")}…` : `…${chars.join("")}`;
+}
+
+/** The latest there is room for. */
+function last(text: string, room: number): string {
+  return fit(text || "-", room, "beginning");
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -378,8 +405,9 @@ function last(words: string[], room: number): string {
 // ---------------------------------------------------------------------------------------------------------
 
 async function call(
-  { dialplan, host: options, caller }: Arguments,
+  { dialplan, host: options, caller, transcript: file }: Arguments,
 ): Promise<number> {
+  if (file !== undefined) tryToWrite(file);
   let line: Line;
   try {
     line = await open(dialplan);
@@ -404,6 +432,7 @@ async function call(
   };
   const leave = (status: number): never => {
     if (stdin.isTTY) stdin.setRawMode(false);
+    if (file !== undefined) tryToWrite(file, formatRecording(host.recording()));
     process.exit(status);
   };
   process.on("SIGINT", hangUp).on("SIGTERM", hangUp);
