@@ -5,13 +5,15 @@
 import assert from "node:assert/strict";
 import { Buffer } from "node:buffer";
 import { spawn } from "node:child_process";
+import { createHash } from "node:crypto";
 import { mkdtempSync, readdirSync, readFileSync, rmSync } from "node:fs";
-import { type AddressInfo, connect, createServer } from "node:net";
+import { type AddressInfo, connect, createServer, type Server, type Socket } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import process from "node:process";
 import { Duplex, Readable, Writable } from "node:stream";
 import { test } from "node:test";
+import { createServer as createTlsServer } from "node:tls";
 import { fileURLToPath } from "node:url";
 import { inspect, isDeepStrictEqual } from "node:util";
 import { Live, type LiveCall, type LiveOptions, type Over, place } from "./.ci/asterisk.ts";
@@ -2910,61 +2912,526 @@ test("menu: as a server it takes calls until a signal comes, and those under way
   assert.equal(out, "");
 });
 
-/** Starts a program and waits for what it says once it listens: its port. */
-async function listening(command: string, args: string[]): Promise<{ port: number; stop: () => Promise<void> }> {
+/** A program that listens, what it has said so far, and how to wait for what it will say. */
+interface Running {
+  port: number;
+  pid: number;
+  said(): string;
+  says(what: RegExp, times?: number): Promise<void>;
+  /** Resolves with the exit status. */
+  stop(signal?: "SIGKILL"): Promise<number | null>;
+}
+
+/** Starts a program and waits until it listens. */
+async function running(command: string, args: string[], env: Record<string, string> = {}): Promise<Running> {
   const group = command === "npx"; // which starts others
-  const child = spawn(command, args, { stdio: ["ignore", "pipe", "pipe"], detached: group });
-  const closed = new Promise((resolve) => child.once("close", resolve));
-  let said = "";
-  const port = await new Promise<number>((resolve, reject) => {
-    const look = (data: unknown) => {
-      said += data;
-      const [, port] =
-        /(?:Listening on|Waiting for calls on) .*?(\d+)\/?\s/.exec(said.replace(/\d+(?:\.\d+){3}:/, "")) ?? [];
-      if (port) resolve(Number(port));
-    };
-    child.stdout.on("data", look);
-    child.stderr.on("data", look);
-    child.once("close", () => reject(new Error(`${command} ended: ${said}`)));
+  const child = spawn(command, args, {
+    stdio: ["ignore", "pipe", "pipe"],
+    detached: group,
+    env: { ...process.env, ...env },
   });
+  const closed = new Promise<number | null>((resolve) => child.once("close", resolve));
+  let said = "";
+  const waiting: (() => void)[] = [];
+  for (const output of [child.stdout, child.stderr]) {
+    output.on("data", (data) => {
+      said += data;
+      for (const look of waiting.splice(0)) look();
+    });
+  }
+  const says = (what: RegExp, times = 1) =>
+    new Promise<void>((resolve, reject) => {
+      const look = () => said.split(what).length > times ? resolve() : void waiting.push(look);
+      look();
+      closed.then(() => reject(new Error(`${what} was not said: ${said}`)));
+    });
+  await says(/(?:Listening|Waiting|Started).*:\d+\/?\n/);
   return {
-    port,
-    stop: async () => {
-      process.kill(group ? -child.pid! : child.pid!, "SIGTERM");
-      await closed;
+    port: Number(/:(\d+)\/?\n/.exec(said)![1]),
+    pid: child.pid!,
+    said: () => said,
+    says,
+    stop: (signal) => {
+      process.kill(group ? -child.pid! : child.pid!, signal ?? "SIGTERM");
+      return closed;
     },
   };
 }
 
-test("edge: a call over the relay and a WebSocket, and one that the caller ends", { timeout: 120_000 }, async () => {
+const relay = (edges: string[], options: string[] = [], env = {}) =>
+  running(process.execPath, [...runtime, example("relay.ts"), "--listen", "127.0.0.1:0", ...options, ...edges], env);
+
+/** The edge as Bun serves it, or Deno. */
+function edge(env: Record<string, string> = {}): Promise<Running> {
+  if ("Bun" in globalThis) return running(process.execPath, [example("edge.ts")], { PORT: "0", ...env });
   const [deno, ...first] = "Deno" in globalThis ? [process.execPath] : ["npx", "-y", "-p", "deno@2.9.6", "deno"];
-  const edge = await listening(deno!, [
-    ...first,
-    "serve",
-    "--no-check",
-    "--host",
-    "127.0.0.1",
-    "--port",
-    "0",
-    example("edge.ts"),
-  ]);
-  const relay = await listening(process.execPath, [
-    ...runtime,
-    example("relay.ts"),
-    "--listen",
-    "127.0.0.1:0",
-    `ws://127.0.0.1:${edge.port}/`,
-  ]);
-  const [host, short] = [0, 1].map(async () =>
-    new Asterisk(await connected(relay.port), { sounds: () => 0.01, args: ["sales"] })
+  const options = ["--no-check", "--allow-env=TOKEN", "--host", "127.0.0.1", "--port", "0"];
+  return running(deno!, [...first, "serve", ...options, example("edge.ts")], env);
+}
+
+/** An edge in this process that does with its WebSockets what it likes, in bytes. */
+async function bareEdge(
+  take: (socket: Socket, request: string) => void,
+  listen = createServer as (take: (socket: Socket) => void) => Server,
+): Promise<{ address: string; close: () => Promise<void> }> {
+  const sockets = new Set<Socket>();
+  const server = listen((socket) => {
+    sockets.add(socket);
+    socket.on("error", () => {}).on("close", () => sockets.delete(socket)).once("data", (request) => {
+      take(socket, String(request));
+    });
+  });
+  await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
+  return {
+    address: `127.0.0.1:${(server.address() as AddressInfo).port}`,
+    close: () => {
+      for (const socket of sockets) socket.destroy();
+      return new Promise((resolve) => server.close(() => resolve()));
+    },
+  };
+}
+
+/** Answers the request for a WebSocket. */
+function accept(socket: Socket, request: string): void {
+  const key = /^sec-websocket-key: (.*)\r$/mi.exec(request)![1];
+  const hash = createHash("sha1").update(`${key}258EAFA5-E914-47DA-95CA-C5AB0DC85B11`).digest("base64");
+  socket.write(
+    "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n" +
+      `Sec-WebSocket-Accept: ${hash}\r\n\r\n`,
   );
-  for (const key of "1234#2") (await host!).press(key as "1");
-  assert.equal(await (await host!).left, "continued");
-  assert.deepEqual((await host!).variables, { ACCOUNT: "1234", DEPARTMENT: "support" });
-  (await short!).hangUp();
-  assert.equal(await (await short!).left, "hungup");
-  await relay.stop();
-  await edge.stop();
+}
+
+/** A frame from the edge. The first byte is its kind, and whether it ends a message. */
+function frame(first: number, payload: Uint8Array): Buffer {
+  const { length } = payload;
+  const head = length < 126
+    ? [length]
+    : length < 65536
+    ? [126, length >> 8, length & 255]
+    : [127, 0, 0, 0, 0, length >> 24, length >> 16 & 255, length >> 8 & 255, length & 255];
+  return Buffer.concat([Buffer.from([first, ...head]), payload]);
+}
+
+const [CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG, END] = [0, 1, 2, 8, 9, 10, 0x80];
+
+/** Reads the frames of the relay, which are whole messages, short, and masked. */
+function reader(take: (kind: number, payload: Buffer) => void): (data: Uint8Array) => void {
+  let rest = Buffer.alloc(0);
+  return (data) => {
+    rest = Buffer.concat([rest, data]);
+    for (let at; rest.length > 1; rest = rest.subarray(at)) {
+      assert.ok(rest[0]! & END && rest[1]! > 127 && rest[1]! < 255, "it is not masked, or too long for this test");
+      const head = rest[1]! < 254 ? 6 : 8;
+      const length = rest[1]! < 254 ? rest[1]! & 127 : rest.readUInt16BE(2);
+      if (rest.length < (at = head + length)) return;
+      const mask = rest.subarray(head - 4, head);
+      take(rest[0]! & 15, rest.subarray(head, at).map((byte, i) => byte ^ mask[i % 4]!) as Buffer);
+    }
+  };
+}
+
+/** Asterisk's end of a connection: what came, once it has ended. */
+function ended(socket: Socket): Promise<string> {
+  let came = "";
+  return new Promise((resolve) =>
+    socket.on("error", () => {}).on("data", (data) => came += data.toString("latin1")).on("close", () => resolve(came))
+  );
+}
+
+const dialed = (port: number) => connect({ port, host: "127.0.0.1", noDelay: true });
+
+test("edge: calls over the relay, to their end and to the caller's hangup", { timeout: 120_000 }, async () => {
+  const env = { TOKEN: "secret" };
+  const far = await edge(env);
+  const near = await relay([`ws://127.0.0.1:${far.port}/`], [], env);
+  const hosts = await Promise.all(Array.from({ length: 10 }, async (_, i) => {
+    const host: Asterisk = new Asterisk(await connected(near.port), {
+      sounds: () => 0.01,
+      args: ["sales"],
+      onNote: ({ kind }) => i % 2 && kind === "plays" && host.hangUp(),
+    });
+    if (i % 2 === 0) { for (const key of "1234#2") host.press(key as "1"); }
+    return host;
+  }));
+  assert.deepEqual(
+    await Promise.all(hosts.map(({ left }) => left)),
+    hosts.map((_, i) => i % 2 ? "hungup" : "continued"),
+  );
+  assert.deepEqual(hosts[0]!.variables, { ACCOUNT: "1234", DEPARTMENT: "support" });
+  assert.equal(await near.stop(), 0);
+  assert.equal(near.said().match(/ began, /g)!.length, 10);
+  assert.equal(near.said().match(/ ended: Asterisk closed/g)!.length, 10);
+  assert.doesNotMatch(near.said(), /1234|secret/);
+  await far.stop();
+});
+
+test("edge: who may call", { timeout: 120_000 }, async () => {
+  const far = await edge({ TOKEN: "secret" });
+  const asked = (lines: string[]) =>
+    new Promise<string>((resolve) => {
+      const socket = dialed(far.port).once("data", (data) => {
+        socket.destroy();
+        resolve(String(data).slice(9, 12));
+      });
+      socket.write(`GET / HTTP/1.1\r\nHost: x\r\n${lines.map((line) => `${line}\r\n`).join("")}\r\n`);
+    });
+  const upgrade = ["Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13"];
+  const key = "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==";
+  const token = "Authorization: Bearer secret";
+  const table: [string, string[]][] = [
+    ["426", [token]],
+    ["401", [...upgrade, key]],
+    ["401", [...upgrade, key, "Authorization: Bearer secrex"]],
+    ["401", [...upgrade, key, "Authorization: Bearer secret2"]],
+    ["401", [...upgrade, key, "Authorization: Bearer "]],
+    ["403", [...upgrade, key, token, "Origin: https://example.com"]],
+    ["400", [...upgrade, token]],
+    ["101", [...upgrade, key, token]],
+  ];
+  assert.deepEqual(await Promise.all(table.map(([, lines]) => asked(lines))), table.map(([status]) => status));
+  await far.stop();
+});
+
+test("edge: a session or its WebSocket ends first, and no other call knows", { timeout: 120_000 }, async () => {
+  const far = await edge();
+  const near = await relay([`ws://127.0.0.1:${far.port}/`]);
+  const other = new Asterisk(await connected(near.port), { sounds: () => 0.01 });
+  // The session ends first: by the last event, by a line without end. The WebSocket does: at once, in a line, behind the end
+  for (
+    const [first, words] of [
+      ["session", "H,1\n"],
+      ["session", "x".repeat(2 ** 21)],
+      ["socket", "P,1,iv"],
+      ["socket", "H,1\n"],
+      ["socket", "E,1\n1,1\n"],
+      ["socket", ""],
+    ] as const
+  ) {
+    const socket = new WebSocket(`ws://127.0.0.1:${far.port}/`);
+    const closed = new Promise((resolve) => socket.addEventListener("close", resolve));
+    await new Promise((resolve) => socket.addEventListener("open", resolve));
+    if (words) socket.send(words);
+    if (first === "socket") socket.close();
+    await closed;
+  }
+  // ... without a word
+  for (let i = 0; i < 5; i++) {
+    const socket = dialed(far.port);
+    socket.write(
+      "GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n" +
+        "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n",
+    );
+    await new Promise((resolve) => socket.once("data", resolve));
+    socket.resetAndDestroy();
+  }
+  for (const key of "1234#2") other.press(key as "1");
+  assert.equal(await other.left, "continued");
+  await near.stop();
+  await far.stop();
+  assert.match(far.said(), /overflow|more than/);
+  assert.doesNotMatch(far.said(), /WebSocket|controller|stream/i);
+});
+
+test("edge: after SIGTERM it takes no calls, and those under way end first", { timeout: 120_000 }, async () => {
+  const far = await edge();
+  const near = await relay([`ws://127.0.0.1:${far.port}/`]);
+  const host = await new Promise<Asterisk>((resolve) => {
+    connected(near.port).then((streams) => {
+      const host: Asterisk = new Asterisk(streams, {
+        sounds: () => 0.05,
+        onNote: ({ kind }) => kind === "plays" && resolve(host),
+      });
+    });
+  });
+  const stopped = far.stop();
+  for (;;) {
+    const late = new Asterisk(await connected(near.port), { sounds: () => 1 });
+    if (near.said().includes("503")) {
+      assert.equal(await late.left, "continued");
+      assert.deepEqual(late.variables, { EIVR: "unreachable" });
+      break;
+    }
+    late.hangUp();
+    await late.left;
+  }
+  for (const key of "1234#2") host.press(key as "1");
+  assert.equal(await host.left, "continued");
+  assert.equal(host.variables.DEPARTMENT, "support");
+  await stopped;
+  await near.stop();
+});
+
+test("relay: messages of every kind, size and cut become the bytes of the call", { timeout: 120_000 }, async () => {
+  const random = new Random(SEED);
+  const meant: Buffer[] = [];
+  const frames: Buffer[] = [];
+  const sizes = [0, 1, 125, 126, 127, 65535, 65536, 70_000];
+  for (let i = 0; i < 60; i++) {
+    const payload = Buffer.from(Array.from({ length: random.of(sizes) }, () => random.below(128)));
+    const kind = random.of([TEXT, BINARY]);
+    meant.push(payload);
+    if (random.below(2)) frames.push(frame(END | kind, payload));
+    else {
+      const at = random.below(payload.length + 1);
+      const pieces = [frame(kind, payload.subarray(0, at)), frame(END | CONTINUATION, payload.subarray(at))];
+      frames.push(pieces[0]!, frame(END | PING, Buffer.from(`ping ${i}`)), pieces[1]!);
+    }
+  }
+  const pings = frames.filter((bytes) => bytes[0] === (END | PING)).map((bytes) => bytes.subarray(2).toString());
+  const pongs: string[] = [];
+  let heard = "";
+  let asked = "";
+  const far = await bareEdge(async (socket, request) => {
+    asked = request;
+    const wire = Buffer.concat(frames);
+    socket.on(
+      "data",
+      reader((kind, payload) => {
+        if (kind === PONG) pongs.push(payload.toString());
+        if (kind === BINARY) heard += payload.toString();
+        if (heard === "1,1\nH,1\n" && pongs.length === pings.length) {
+          socket.end(frame(END | CLOSE, Buffer.from([3, 232])));
+        }
+      }),
+    );
+    accept(socket, request);
+    for (let at = 0; at < wire.length;) {
+      const size = 1 + random.below(random.of([3, 3000, 100_000]));
+      await new Promise((resolve) => socket.write(wire.subarray(at, at += size), resolve));
+    }
+  });
+  const near = await relay([`ws://${far.address}/calls?from=here`], [], { TOKEN: "secret" });
+  const call = dialed(near.port);
+  call.write("1,1\nH,1\n"); // before there is an edge
+  assert.equal(await ended(call), Buffer.concat(meant).toString("latin1"), `SEED=${SEED}`);
+  assert.deepEqual(pongs, pings);
+  assert.match(asked, /^GET \/calls\?from=here HTTP\/1.1\r\n/);
+  assert.match(asked, /^authorization: Bearer secret\r$/mi);
+  assert.doesNotMatch(asked, /^origin:/mi);
+  await near.says(/1 127\.0\.0\.1:\d+ ws:\/\/127\.0\.0\.1:\d+\/calls ended: the edge closed, 1000, \d+\.\d s\n/);
+  assert.equal(await near.stop(), 0);
+  await far.close();
+});
+
+/** A certificate that nobody has reason to trust, and its key. */
+const CERTIFICATE = {
+  key: `-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQghljNlpaQgFFQvy5JonPZfPE4rGmvKK5QXA3eV4nv0XehRANCAAQ+9hoz0KPQXfo8
+f6r9tTS6HBGVxh1G6KQYH8VG8hyBgjnAOjMTPCQ4E+yRnvLUi6ayXHU3B2vfsBiNoXdpyoKs
+-----END PRIVATE KEY-----`,
+  cert: `-----BEGIN CERTIFICATE-----
+MIIBlTCCATugAwIBAgIUI9hfaxCmbqhg9/yTLsPxQzbn6BgwCgYIKoZIzj0EAwIwFDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTI2MTEyNjAyMjcy
+OFoYDzIxMjYxMTAyMDIyNzI4WjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjOPQMBBwNCAAQ+9hoz0KPQXfo8f6r9tTS6
+HBGVxh1G6KQYH8VG8hyBgjnAOjMTPCQ4E+yRnvLUi6ayXHU3B2vfsBiNoXdpyoKso2kwZzAdBgNVHQ4EFgQUuF86ytluNqOYtDI6LrVdmX+emtww
+HwYDVR0jBBgwFoAUuF86ytluNqOYtDI6LrVdmX+emtwwDwYDVR0TAQH/BAUwAwEB/zAUBgNVHREEDTALgglsb2NhbGhvc3QwCgYIKoZIzj0EAwID
+SAAwRQIgRmV1R4CkNmfq5pHxz+I5Ia48oBbx8gLX7sHe5r9bmycCIQC4ZssMpRqj+5z/eU4UZvlXmEKkjsFPKAAQywcBhwRr/g==
+-----END CERTIFICATE-----`,
+};
+
+test("relay: an edge that does not answer as it should is passed over", { timeout: 120_000 }, async () => {
+  const edges = await Promise.all([
+    bareEdge((socket) => socket.end("HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\n\r\n")),
+    bareEdge((socket) => socket.end("HTTP/1.1 101 Yes\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n")),
+    bareEdge((socket) => socket.end("no HTTP\r\n\r\n")),
+    bareEdge((socket) => socket.destroy()),
+    bareEdge(() => {}, (take) => createTlsServer(CERTIFICATE, take).on("tlsClientError", () => {})),
+    bareEdge(() => {}), // answers nothing
+  ]);
+  const last = await bareEdge((socket, request) => {
+    accept(socket, request);
+    socket.on("data", reader((kind) => kind === BINARY && socket.end(frame(END | CLOSE, Buffer.alloc(0)))));
+    socket.write(frame(END | TEXT, Buffer.from("E,bye\n")));
+  });
+  const addresses = edges.map(({ address }, i) =>
+    i === 4 ? `wss://${address.replace(/.*:/, "localhost:")}/` : `ws://${address}/`
+  );
+  const near = await relay(["ws://127.0.0.1:1/", ...addresses, `ws://${last.address}/`]);
+  const call = dialed(near.port);
+  call.write("1,1\n");
+  assert.equal(await ended(call), "E,bye\n");
+  await near.stop();
+  const [, ...said] = near.said().trim().split("\n");
+  const why = [/REFUSED/, /401/, /no WebSocket/, /./, /./, /certificate|signed/i, /no answer in 3 s/].map((reason) =>
+    RegExp(` failed: .*${reason.source}.*, \\d\\.\\d s$`)
+  );
+  assert.equal(said.length, why.length + 2, near.said());
+  why.forEach((line, i) => assert.match(said[i]!, line));
+  assert.match(said.at(-2)!, / began, 3\.\d s$/);
+  assert.match(said.at(-1)!, / ended: the edge closed, 3\.\d s$/);
+  for (const { close } of [...edges, last]) await close();
+});
+
+test(
+  "relay: where no edge answers, or there are too many calls, the dialplan goes on",
+  { timeout: 120_000 },
+  async () => {
+    const far = await bareEdge(accept);
+    const [nobody, few] = await Promise.all([
+      relay(["ws://127.0.0.1:1/", "ws://127.0.0.1:2/"]),
+      relay([`ws://${far.address}/`], ["--max-calls", "1"]),
+    ]);
+    const first = dialed(few.port);
+    await few.says(/began/);
+    const hosts = await Promise.all(
+      [nobody, few].map(async ({ port }) => new Asterisk(await connected(port), { sounds: () => 1 })),
+    );
+    assert.deepEqual(await Promise.all(hosts.map(({ left }) => left)), ["continued", "continued"]);
+    assert.deepEqual(hosts.map(({ variables }) => variables), [{ EIVR: "unreachable" }, { EIVR: "busy" }]);
+    first.end();
+    await few.says(/1 \S+ \S+ ended: Asterisk closed/);
+    assert.equal(await nobody.stop(), 0);
+    await few.stop();
+    await far.close();
+  },
+);
+
+test("relay: a caller who leaves while it connects costs nothing", { timeout: 120_000 }, async () => {
+  const gone = Promise.withResolvers<void>();
+  const far = await bareEdge((socket) => {
+    socket.on("close", () => gone.resolve());
+    call.end("H,1\n");
+  });
+  const near = await relay([`ws://${far.address}/`, `ws://${far.address}/second`]);
+  const call = dialed(near.port);
+  await gone.promise;
+  await near.says(/ended: Asterisk closed, [01]\.\d s\n/);
+  await near.stop();
+  assert.doesNotMatch(near.said(), /began|failed|second/);
+  await far.close();
+});
+
+test(
+  "relay: who floods and who does not read is dropped, and the memory stays small",
+  { timeout: 120_000 },
+  async () => {
+    const flood = (write: () => boolean, socket: Socket) => {
+      const go = () => {
+        while (!socket.destroyed && write());
+      };
+      socket.on("drain", go);
+      go();
+    };
+    const line = Buffer.alloc(65_536, "L,x\n");
+    const edges = await Promise.all([
+      bareEdge((socket, request) => {
+        accept(socket, request);
+        flood(() => socket.write(frame(END | BINARY, line)), socket);
+      }),
+      bareEdge((socket, request) => {
+        accept(socket, request);
+        socket.write(Buffer.from([END | BINARY, 127, 0, 0, 0, 0, 64, 0, 0, 0])); // one message of a gigabyte
+        flood(() => socket.write(line), socket);
+      }),
+      bareEdge((socket, request) => {
+        accept(socket, request);
+        socket.pause();
+      }),
+    ]);
+    for (const [i, { address, close }] of edges.entries()) {
+      const near = await relay([`ws://${address}/`]);
+      await Promise.all(Array.from({ length: 20 }, async () => {
+        const call = dialed(near.port).on("error", () => {}).pause();
+        if (i === 2) flood(() => call.write(line), call);
+        const closed = new Promise((resolve) => call.on("close", resolve));
+        await near.says(/does not read/, 20);
+        call.resume();
+        await closed;
+      }));
+      assert.equal(near.said().match(i === 2 ? /the edge does not read/g : /Asterisk does not read/g)!.length, 20);
+      if (process.platform === "linux") {
+        const [, peak] = /^VmHWM:\s*(\d+) kB$/m.exec(readFileSync(`/proc/${near.pid}/status`, "utf8"))!;
+        assert.ok(Number(peak) < 300 * 1024, `${peak} kB`);
+      }
+      await near.stop();
+      await close();
+    }
+  },
+);
+
+test(
+  "relay: an edge that dies without a word is noticed, one that is only quiet is not",
+  { timeout: 120_000 },
+  async () => {
+    const far = await edge();
+    let pings = 0;
+    const quiet = await bareEdge((socket, request) => {
+      accept(socket, request);
+      socket.on(
+        "data",
+        reader((kind, payload) => {
+          if (kind === PING) socket.write(frame(END | PONG, payload));
+          if (kind === PING && ++pings === 5) socket.end(frame(END | CLOSE, Buffer.from([3, 233])));
+        }),
+      );
+    });
+    const nears = await Promise.all(
+      [far.port, quiet.address.replace(/.*:/, "")].map((port) => relay([`ws://127.0.0.1:${port}/`], ["--ping", "0.3"])),
+    );
+    const calls = nears.map(({ port }) => dialed(port));
+    const over = calls.map(ended);
+    await Promise.all(nears.map(({ says }) => says(/began/)));
+    const stopped = "Bun" in globalThis || "Deno" in globalThis ? far.pid : -far.pid;
+    process.kill(stopped, "SIGSTOP");
+    await nears[0]!.says(/ended: the edge is silent/);
+    await nears[1]!.says(/ended: the edge closed, 1001/);
+    await Promise.all(over);
+    process.kill(stopped, "SIGCONT");
+    await Promise.all(nears.map(({ stop }) => stop()));
+    await far.stop();
+    await quiet.close();
+  },
+);
+
+test("relay: an edge that is killed ends its calls; SIGTERM lets them end", { timeout: 120_000 }, async () => {
+  const killed = await edge();
+  const far = await edge();
+  const near = await relay([killed, far].map(({ port }) => `ws://127.0.0.1:${port}/`));
+  const lost = ended(dialed(near.port));
+  await near.says(/began/);
+  await killed.stop("SIGKILL");
+  await lost;
+  await near.says(/1 \S+ \S+ ended: the edge is gone/);
+  const host = new Asterisk(await connected(near.port), { sounds: () => 0.05 });
+  await near.says(/2 \S+ \S+ began/);
+  const stopped = near.stop();
+  const refused = () =>
+    new Promise<boolean>((resolve) => {
+      const socket = dialed(near.port);
+      socket.on("connect", () => resolve(false)).on("error", () => resolve(true)).on("connect", () => socket.destroy());
+    });
+  while (!(await refused()));
+  for (const key of "1234#2") host.press(key as "1");
+  assert.equal(await host.left, "continued");
+  assert.equal(await stopped, 0);
+  await far.stop();
+});
+
+test("relay: wrong use is answered in a line", { timeout: 120_000 }, async () => {
+  const taken = createServer();
+  await new Promise<void>((resolve) => taken.listen(0, "127.0.0.1", resolve));
+  const port = String((taken.address() as AddressInfo).port);
+  const table: [string[], RegExp][] = [
+    [[], /no edge/],
+    [["ws://[::1/"], /"ws:\/\/\[::1\/"/],
+    [["http://localhost/"], /wss:\/\//],
+    [["ws://x/", "--listen", "x:y"], /"x:y"/],
+    [["ws://x/", "--listen", "70000"], /"70000"/],
+    [["ws://x/", "--listen", port], /in use/i],
+    [["ws://x/", "--max-calls", "0"], /above zero/],
+    [["ws://x/", "--ping", "x"], /above zero/],
+    [["ws://x/", "--bogus"], /bogus/],
+  ];
+  const answers = await Promise.all(table.map(([args]) => ran("relay.ts", ...args)));
+  answers.forEach(({ code, err, out }, i) => {
+    assert.equal(code, 2, table[i]![0].join(" "));
+    assert.match(err, table[i]![1]);
+    assert.match(err, /^relay\.ts: .*\n$/);
+    assert.equal(out, "");
+  });
+  const { code, out } = await ran("relay.ts", "--help");
+  assert.equal(code, 0);
+  assert.match(out, /--max-calls/);
+  await new Promise((resolve) => taken.close(resolve));
 });
 
 // ---------------------------------------------------------------------------------------------------------
@@ -3372,6 +3839,30 @@ live("menu: as a server, to callers who hang up at any step, or not at all", asy
     if (at > 8) assert.equal(variables.DEPARTMENT, "support");
     if (at === Infinity) assert.equal(left, "continued");
   }));
+});
+
+live("edge: over the relay, to callers who hang up at any step, and where no edge answers", async (asterisk) => {
+  const env = { TOKEN: "secret" };
+  const far = await edge(env);
+  const [near, alone] = await Promise.all([
+    relay(["ws://127.0.0.1:1/", `ws://127.0.0.1:${far.port}/`], [], env),
+    relay(["ws://127.0.0.1:1/"]),
+  ]);
+  await Promise.all(Array.from({ length: 24 }, async (_, i) => {
+    const call = await asterisk.call(`ExternalIVR(ivr://127.0.0.1:${near.port}(sales))`, {
+      names: ["ACCOUNT", "DEPARTMENT", "EIVR"],
+    });
+    await call.plan([[1.9, "press", "1234#"], [6, "press", "2"], [i / 2, "hangup"]]);
+    const { variables, left } = await call.over;
+    assert.equal(variables.EIVR, "");
+    if (i / 2 > 4) assert.equal(variables.ACCOUNT, "1234");
+    if (i / 2 > 10) assert.deepEqual([left, variables.DEPARTMENT], ["continued", "support"]);
+  }));
+  const { left, variables } =
+    await (await asterisk.call(`ExternalIVR(ivr://127.0.0.1:${alone.port})`, { names: ["EIVR"] })).over;
+  assert.deepEqual([left, variables], ["continued", { EIVR: "unreachable" }]);
+  assert.equal(await near.stop(), 0);
+  await Promise.all([alone.stop(), far.stop()]);
 });
 
 /** The processes whose command has this argument. */

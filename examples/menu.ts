@@ -16,13 +16,13 @@
  * @module
  */
 
-import { once } from "node:events";
-import { type AddressInfo, createServer, isIPv6 } from "node:net";
-import process from "node:process";
+import type { AddressInfo } from "node:net";
 import type { Readable, Writable } from "node:stream";
-import { parseArgs } from "node:util";
 import { answer, type Ivr, type Sink, type Source } from "../mod.ts";
 import * as say from "./say.ts";
+
+/** The way to what Node calls built in. Imports of it would keep the menu out of Workers, which have no `process` either. */
+const { process } = globalThis;
 
 const DEPARTMENTS: Record<string, string> = { "1": "sales", "2": "support" };
 
@@ -132,13 +132,14 @@ async function busy(ivr: Ivr): Promise<void> {
 
 /** A server for Node and Bun. Without a host it takes IPv6 and IPv4. */
 async function listen(host: string | undefined, port: number, most: number): Promise<{ port: number; close(): void }> {
+  const { createServer } = process.getBuiltinModule("node:net");
   const server = createServer((socket) => {
     socket.setNoDelay(); // the empty line that wakes Asterisk is tiny
     socket.setKeepAlive(true, 30_000);
     take(nodeStreams(socket, socket), most);
   });
   server.listen({ host, port });
-  await once(server, "listening");
+  await process.getBuiltinModule("node:events").once(server, "listening");
   server.on("error", (error) => console.error(error.message));
   return { port: (server.address() as AddressInfo).port, close: () => server.close() };
 }
@@ -179,7 +180,7 @@ function listenOnDeno(host: string | undefined, port: number, most: number): { p
 
 function wrong(message: string): never {
   console.error(`menu.ts: ${message}\n${HELP}`);
-  process.exit(2);
+  return process.exit(2);
 }
 
 const HELP = `menu.ts [ARGUMENT]...        the program of ExternalIVR(/path/menu.ts(ARGUMENT,...))
@@ -188,6 +189,8 @@ menu.ts --listen [HOST:PORT] [--max-calls N]
                              sent back to the dialplan with EIVR=busy`;
 
 async function serve(args: string[]): Promise<void> {
+  const { isIPv6 } = process.getBuiltinModule("node:net");
+  const { parseArgs } = process.getBuiltinModule("node:util");
   const { values, positionals } = (() => {
     try {
       return parseArgs({
