@@ -3841,29 +3841,34 @@ live("menu: as a server, to callers who hang up at any step, or not at all", asy
   }));
 });
 
-live("edge: over the relay, to callers who hang up at any step, and where no edge answers", async (asterisk) => {
-  const env = { TOKEN: "secret" };
-  const far = await edge(env);
-  const [near, alone] = await Promise.all([
-    relay(["ws://127.0.0.1:1/", `ws://127.0.0.1:${far.port}/`], [], env),
-    relay(["ws://127.0.0.1:1/"]),
-  ]);
-  await Promise.all(Array.from({ length: 24 }, async (_, i) => {
-    const call = await asterisk.call(`ExternalIVR(ivr://127.0.0.1:${near.port}(sales))`, {
-      names: ["ACCOUNT", "DEPARTMENT", "EIVR"],
-    });
-    await call.plan([[1.9, "press", "1234#"], [6, "press", "2"], [i / 2, "hangup"]]);
-    const { variables, left } = await call.over;
-    assert.equal(variables.EIVR, "");
-    if (i / 2 > 4) assert.equal(variables.ACCOUNT, "1234");
-    if (i / 2 > 10) assert.deepEqual([left, variables.DEPARTMENT], ["continued", "support"]);
-  }));
-  const { left, variables } =
-    await (await asterisk.call(`ExternalIVR(ivr://127.0.0.1:${alone.port})`, { names: ["EIVR"] })).over;
-  assert.deepEqual([left, variables], ["continued", { EIVR: "unreachable" }]);
-  assert.equal(await near.stop(), 0);
-  await Promise.all([alone.stop(), far.stop()]);
-});
+live(
+  "edge: over the relay, to callers who hang up at any step, or not at all, and where no edge answers",
+  async (asterisk) => {
+    const env = { TOKEN: "secret" };
+    const far = await edge(env);
+    const near = await relay(["ws://127.0.0.1:1/", `ws://127.0.0.1:${far.port}/`], [], env);
+    const alone = await relay(["ws://127.0.0.1:1/"]);
+    const called = async ({ port }: Running, caller: CallerAction[] = []) => {
+      const names = ["ACCOUNT", "DEPARTMENT", "EIVR"];
+      const call = await asterisk.call(`ExternalIVR(ivr://127.0.0.1:${port}(sales))`, { names });
+      await call.plan(caller);
+      const { left, variables } = await call.over;
+      return [left, ...names.map((name) => variables[name])];
+    };
+    const keys: CallerAction[] = [[1.9, "press", "1234#"], [6, "press", "2"]];
+    await Promise.all([
+      ...Array.from({ length: 24 }, async (_, i) => {
+        const [, account, department, why] = await called(near, [...keys, [i / 2, "hangup"]]);
+        if (i > 10) assert.equal(account, "1234");
+        if (i > 16) assert.equal(department, "support");
+        assert.equal(why, "");
+      }),
+      called(near, keys).then((is) => assert.deepEqual(is, ["continued", "1234", "support", ""])),
+      called(alone).then((is) => assert.deepEqual(is, ["continued", "", "", "unreachable"])),
+    ]);
+    await Promise.all([near, alone, far].map(({ stop }) => stop()));
+  },
+);
 
 /** The processes whose command has this argument. */
 function processes(argument: string): string[] {
