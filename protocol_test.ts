@@ -3478,12 +3478,14 @@ function randomCommand(random: Random, plays: boolean): string {
   const name = () => random.of(["A", "B", "_A", "__B", "GIVEN"]);
   const other = () => random.of([name(), "SHARED", "EXTEN", "CALLERID(num)", "NONE", "", random.text(BYTES, 3)]);
   const time = () => random.of(["", "50", "200", "0.1s", "100ms", "abc", "1 s", "1e2", "99x"]);
-  const keys = () => random.of(["1", "12", "w", "1W2", "aDf", "F#", "1 x", "(2", '"1,2"', random.text(BYTES, 3)]);
+  const keys = () =>
+    random.of(["1", "12", "w", "1W2", "aDf", "F#", "1 x", "(2", ")(3", '"1,2"', random.text(BYTES, 3)]);
   const playlist = [
     () => `S,${file()}`,
     () => `A,${file()}`,
     () => `A,${file()}`,
     () => "A,long",
+    () => "A,short\nA,empty",
     () => "I,x",
     () => "O,autoclear",
   ];
@@ -3538,7 +3540,7 @@ function randomCall(random: Random): RecordingFile {
   const options = random.of(["", "", "", "", "", "", "i", "i", "i", "n", "n", "ni", "d", "nd"]);
   const caller: CallerAction[] = [];
   for (let at = 0.2; !options.includes("d") && caller.length < 4 && random.below(4); at += random.below(2000) / 1000) {
-    if (random.below(5)) caller.push([at, "press", random.text("0123456789*#ABCD", 3)]);
+    if (random.below(4)) caller.push([at, "press", random.text("0123456789*#ABCD", 3)]);
     else if (caller.push([at, "hangup"])) break;
   }
   return {
@@ -3614,7 +3616,7 @@ async function foreseen(call: RecordingFile, random: Random): Promise<Came | und
   return came;
 }
 
-live("five hundred random calls come to the same with the stand-in", async (asterisk) => {
+live("random calls come to the same with the stand-in", async (asterisk) => {
   await asterisk.setGlobal("SHARED", "from globals");
 
   /** Places a call, and gives how it differs from what was foreseen. */
@@ -3633,7 +3635,8 @@ live("five hundred random calls come to the same with the stand-in", async (aste
   }
 
   let calls: { seed: number; call: RecordingFile; came: Came; difference?: string }[] = [];
-  for (let seed = SEED; calls.length < 500; seed++) {
+  const count = "Deno" in globalThis ? 500 : 50; // the two that are compared are the same on every runtime
+  for (let seed = SEED; calls.length < count; seed++) {
     const call = randomCall(new Random(seed));
     const came = await foreseen(call, new Random(seed));
     if (came) calls.push({ seed, call, came });
