@@ -549,7 +549,7 @@ export async function replay(
     }
     if (!ended) {
       const rest = (received.at(-1)?.[0] ?? 0) - call.host.at; // what came behind the last command
-      await new Promise((resolve) => setTimeout(resolve, Math.max(2, rest) * 1000));
+      await new Promise((resolve) => setTimeout(resolve, Math.max(5, rest) * 1000)); // as long as a recorder waits for an end
       stopped = call.host.at;
       await Promise.all([send(null), send(null, "stderr")]);
     }
