@@ -2043,6 +2043,8 @@ test("recording: a call is recorded as recordings are, and comes back the same",
       { options: "n", answerable: false, unreadable: ["broken"] },
       [],
     ],
+    // A program that exits without a word
+    [(ivr) => ivr.log("done"), { application: "/path/program" }, []],
   ];
   for (const [handler, options, caller] of handlers) {
     const call = dial(handler, options);
@@ -2409,6 +2411,44 @@ test("stand-in: half a line holds everything back, and keys during a D are lost"
   assert.equal(call.variables["A"], "12");
   const at = (text: string) => call.notes.find((note) => note.text.startsWith(text))!.at;
   assert.ok(at("1,") >= 1);
+});
+
+test("stand-in: without silence/10 nothing plays but what is queued before the first silence", async () => {
+  const table: [options: string, steps: Recording["steps"], received: string[]][] = [
+    ["", [[0.3, "A,short\n"], [1, "A,beep\n"], [1.3, "S,beep\n"], [1.6, "I,x\n"]], ["D,short", "D,beep", "D,beep"]],
+    ["n", [[0.3, "T,x\nA,short\n"], [0.301, "\n"], [1, "A,beep\n"], [1.3, "S,short\n"]], ["F,short", "D,beep"]],
+  ];
+  for (const [options, steps, received] of table) {
+    const now = await replay({
+      application: "ivr://127.0.0.1:2949",
+      args: [],
+      options,
+      sounds: SOUNDS,
+      unreadable: ["silence/10"],
+      variables: {},
+      globals: {},
+      caller: [],
+      steps: [...steps, [2, "H,done\n"]],
+      received: [],
+      ended: [2, "end"],
+      log: [],
+    });
+    assert.deepEqual(now.received.map(([, line]) => line.replace(/,[ \d]+/, "")), [...received, "H"]);
+    assert.deepEqual(now.log, ["File 'silence/10' could not be opened", "Hanging up: done", "HUNGUP"]);
+  }
+});
+
+test("kit: a program has a stderr, and exits when its handler is done", async () => {
+  const call = dialStreams(async ({ stderr }) => {
+    await stderr!.getWriter().write(utf8("warning: ž\nTrace\n"));
+  }, { application: "/path/program" });
+  assert.equal(await call.over(), "hungup");
+  assert.deepEqual(call.log, ["stderr: warning: ž", "stderr: Trace", "Child process went away"]);
+  const server = dialStreams(async ({ stderr, writable }) => {
+    assert.equal(stderr, undefined);
+    await writable.close();
+  });
+  assert.equal(await server.over(), "hungup");
 });
 
 test("stand-in: any bytes, in any chunks, and the call still ends", () =>

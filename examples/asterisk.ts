@@ -169,7 +169,7 @@ const SILENCE = "silence/10";
 
 /**
  * One call in Asterisk's `ExternalIVR`, as strict as the real one: short commands are ignored, long ones cut, a burst
- * stalls, a `D` or half a line blocks everything else.
+ * stalls, on stderr too, and a `D` or half a line blocks everything else.
  *
  * It reads and writes the wire by itself, without the codec of an IVR, so that each is a test of the other.
  */
@@ -216,7 +216,7 @@ export class Asterisk {
   #playing: Playing | undefined;
   #aborted = false; // what plays was stopped, and the next frame will find that out
   #mute = false; // no frame was to be had, after which Asterisk asks for none
-  #audio?: Audio;
+  #audio?: Playback;
   #finished: string[] = []; // not told yet
 
   // The loop
@@ -242,11 +242,9 @@ export class Asterisk {
     this.variables = { ...options.variables };
     this.globals = { ...options.globals };
     this.left = new Promise((resolve) => this.#leave = resolve);
-    this.#gone =
-      this.#hungUp =
-      this.#told =
-      this.#up =
-        this.#has("d"); // what is dead was answered before
+    const dead = this.#has("d"); // which was answered before
+    this.#up = this.#gone = dead;
+    this.#hungUp = this.#told = dead;
     this.#writer = streams.writable.getWriter();
     if (!this.#has("n")) this.#answer();
     this.#commands = this.#read(streams.readable);
@@ -444,12 +442,13 @@ export class Asterisk {
 
   // The playlist -------------------------------------------------------------------------------------------
 
+  /** Answers, and begins to play, unless that was done before. */
   #answer(): void {
     if (!this.#up) this.#note("answers", "");
     this.#up = true;
     if (this.#plays) return;
     this.#plays = true;
-    this.#hungUp = this.#gone; // playing finds it out
+    this.#hungUp = this.#gone; // which what plays finds out
     this.#look();
     this.#listen();
   }
@@ -480,20 +479,20 @@ export class Asterisk {
   #look(): void {
     const silence = !this.#aborted && !this.#playlist.length && !this.#options.unreadable?.includes(SILENCE);
     if (silence || this.#mute || this.#gone || this.#audio?.goesOn) return;
-    this.#audio = new Audio(this.#clock, FRAME, () => this.#next(false));
+    this.#audio = new Playback(this.#clock, FRAME, () => this.#next());
   }
 
-  /** What Asterisk does for the next frame, when what played has ended, or was stopped, or there was silence. */
-  #next(ended: boolean): void {
-    let frame = !ended && this.#open();
+  /** What Asterisk does for a frame, when what played has ended or was stopped, or something was queued in silence. */
+  #next(): void {
+    let frame = (this.#aborted || !this.#playing && this.#playlist.length > 0) && this.#open();
     if (!frame) {
-      // Of no length, and over as soon as it began
+      // It has ended, which is also how a file of no length begins
       if (this.#playing) this.#finished.push(this.#playlist.shift()!);
       frame = this.#open();
       this.#mute = !frame; // it does not try a second time
     }
     if (frame && this.#playing) {
-      this.#audio = new Audio(this.#clock, micros(this.#playing.length), () => this.#next(true));
+      this.#audio = new Playback(this.#clock, micros(this.#playing.length), () => this.#next());
     }
     this.#loop();
   }
@@ -554,15 +553,17 @@ export class Asterisk {
    */
   #loop(): void {
     while (!this.over && !this.#sending) {
-      if (!this.#blocked && this.#gone && !this.#told) {
-        this.#told = true;
-        if (!this.#has("i")) {
-          this.#emit("H");
-          return this.#finish("hungup");
+      if (!this.#blocked) {
+        if (this.#gone && !this.#told) {
+          this.#told = true;
+          if (!this.#has("i")) {
+            this.#emit("H");
+            return this.#finish("hungup");
+          }
+          this.#emit("I", "HANGUP");
         }
-        this.#emit("I", "HANGUP");
+        for (const file of this.#finished.splice(0)) this.#emit("F", file);
       }
-      if (!this.#blocked) { for (const file of this.#finished.splice(0)) this.#emit("F", file); }
       const from = this.#blocked ?? [this.#errors, this.#commands].find((descriptor) => descriptor?.ready);
       if (!from) return;
       const line = from.gets();
@@ -678,8 +679,10 @@ export class Asterisk {
     };
     // A hangup ends a pause, and with it all. It ends a key as well, but is forgotten then
     const wait = (ms: number, then: () => void, hungUp = sent): void => {
-      if (!this.#hungUp) this.#sending = { timer: ms < Infinity && this.#clock.after(ms * 1000, then), hungUp };
-      else {
+      if (!this.#hungUp) {
+        const timer = ms < Infinity ? this.#clock.after(ms * 1000, then) : undefined;
+        this.#sending = { timer, hungUp };
+      } else {
         this.#hungUp = false;
         hungUp();
       }
@@ -712,16 +715,16 @@ export class Asterisk {
   }
 }
 
-/** A length of time in milliseconds: a number, and perhaps its unit. What is none is 0. */
+/** A length of time in milliseconds, as C reads it: a number, and perhaps a unit. What is none is 0. */
 function lengthOfTime(text: string): number {
-  const [, number, unit = "ms"] = /^\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)\s*(ms|[hms])?$/i.exec(text) ?? [];
-  if (number === undefined) return 0;
-  const ms = { h: 3600e3, m: 60e3, s: 1e3, ms: 1 }[unit.toLowerCase()]!;
-  return Math.min(Math.trunc(Number(number) * ms), 2 ** 31 - 1);
+  const time = /^[\t-\r ]*([-+]?(?:0x[\da-f]+|(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?))[\t-\r ]*([^\t-\r ]*)/i;
+  const [, number, unit = ""] = time.exec(text) ?? [];
+  const ms = ({ h: 3600e3, m: 60e3, s: 1e3, ms: 1, "": 1 } as Record<string, number>)[unit.toLowerCase()];
+  return number && ms ? Math.min(Math.trunc(Number(number) * ms), 2 ** 31 - 1) : 0;
 }
 
 /** Audio that goes on for a time, but for the time it is paused. */
-class Audio {
+class Playback {
   #clock: Clock;
   #left: number;
   #end: () => void;
