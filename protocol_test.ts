@@ -3580,8 +3580,10 @@ function randomCall(random: Random): RecordingFile {
   const options = random.of(["", "", "", "", "", "", "i", "i", "i", "n", "n", "ni", "d", "nd"]);
   const caller: CallerAction[] = [];
   for (let at = 0.2; !options.includes("d") && caller.length < 4 && random.below(4); at += random.below(2000) / 1000) {
-    if (random.below(4)) caller.push([at, "press", random.text("0123456789*#ABCD", 3)]);
+    const keys = random.text("0123456789*#ABCD", 3);
+    if (random.below(4)) caller.push([at, "press", keys]);
     else if (caller.push([at, "hangup"])) break;
+    at += keys.length / 4; // who hangs up presses no more
   }
   return {
     name: "random",
