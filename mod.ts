@@ -624,38 +624,51 @@ interface Link {
   next: Link | undefined;
 }
 
+/** Events in the order in which they came. */
+class List {
+  first: Link | undefined;
+  last: Link | undefined;
+}
+
+/** The one whose oldest event came first. */
+const before = (a: List, b: List): List => a.first && !(b.first && b.first.order < a.first.order) ? a : b;
+
 /** What came and nobody has taken. Adding costs the same however much waits, and so does taking the oldest of any kind. */
 class Backlog {
   size = 0; // in characters
   #count = 0; // of all that ever came
-  // In lists of their own: keys, other events, and those of which a promise told
-  #first: (Link | undefined)[] = [undefined, undefined, undefined];
-  #last: (Link | undefined)[] = [undefined, undefined, undefined];
+  #keys = new List();
+  #others = new List();
+  #told = new List(); // others of which a promise told
 
   add(event: IvrEvent, size: number, told: boolean): void {
-    const kind = event.type === "dtmf" ? 0 : told ? 2 : 1;
+    const list = event.type === "dtmf" ? this.#keys : told ? this.#told : this.#others;
     const link = { event, size, order: this.#count++, next: undefined };
-    if (this.#first[kind]) this.#last[kind]!.next = link;
-    else this.#first[kind] = link;
-    this.#last[kind] = link;
+    if (list.first) list.last!.next = link;
+    else list.first = link;
+    list.last = link;
     this.size += size;
   }
 
-  /** Takes the oldest event of some of the lists. */
-  take(from = 0, to = 2): IvrEvent | undefined {
-    const first = this.#first;
-    let kind = from;
-    let oldest = first[kind];
-    for (let other = from + 1; other <= to; other++) {
-      const link = first[other];
-      if (!link || oldest && oldest.order < link.order) continue;
-      oldest = link;
-      kind = other;
-    }
-    if (!oldest) return undefined;
-    first[kind] = oldest.next;
-    this.size -= oldest.size;
-    return oldest.event;
+  /** Takes the oldest event, or the oldest key, or the oldest other one. */
+  take(wanted?: "key" | "other"): IvrEvent | undefined {
+    if (wanted === "key") return this.#take(this.#keys);
+    const other = before(this.#told, this.#others);
+    return this.#take(wanted ? other : before(this.#keys, other));
+  }
+
+  /** Lets go what promises told. */
+  forget(): void {
+    while (this.#take(this.#told));
+  }
+
+  #take(list: List): IvrEvent | undefined {
+    const link = list.first;
+    if (!link) return undefined;
+    list.first = link.next;
+    link.next = undefined; // or an old one that is garbage would keep the young ones behind it
+    this.size -= link.size;
+    return link.event;
   }
 }
 
@@ -838,8 +851,9 @@ export class Session {
 
   /** Takes the oldest event that waits, or the oldest key, or the oldest that is none: nobody else will see it. */
   protected take(wanted?: "key" | "other"): IvrEvent | undefined {
-    const event = this.#backlog?.take(wanted === "other" ? 1 : 0, wanted === "key" ? 0 : 2);
-    if (event && !this.#size) this.change(); // reading may wait for it
+    const backlog = this.#backlog;
+    const event = backlog?.take(wanted);
+    if (event && !backlog!.size) this.change(); // reading may wait for it
     return event;
   }
 
@@ -983,7 +997,7 @@ export class Session {
    * more of them while there is too much and every turn takes some.
    */
   async #room(): Promise<void> {
-    while (!this.#loops && this.#backlog?.take(2));
+    if (!this.#loops) this.#backlog?.forget();
     if (!this.#loops && !this.#overflows) return;
     let size: number;
     do {
