@@ -3692,9 +3692,7 @@ live("random calls come to the same with the stand-in", async (asterisk) => {
     }));
     calls = calls.filter(({ difference }) => difference);
   }
-  const told = calls.map(({ seed, difference }) => `SEED=${seed}: ${difference}`).join("\n");
-  if (told) console.error(told);
-  assert.ok(calls.length <= count / 250, told); // two in five hundred may hang on a moment that no shift has found
+  assert.equal(calls.length, 0, calls.map(({ seed, difference }) => `SEED=${seed}: ${difference}`).join("\n"));
 }, 600_000);
 
 /** The same text as Asterisk's bytes, each a character. */
