@@ -715,9 +715,9 @@ export class Asterisk {
   }
 }
 
-/** A length of time in milliseconds: a number, and perhaps a unit. What is none is 0. */
+/** A length of time in milliseconds, as C reads it: a number, and perhaps a unit. What is none is 0. */
 function lengthOfTime(text: string): number {
-  const time = /^[\t-\r ]*([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)[\t-\r ]*([^\t-\r ]*)/i;
+  const time = /^[\t-\r ]*([-+]?(?:0x[\da-f]+|(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?))[\t-\r ]*([^\t-\r ]*)/i;
   const [, number, unit = ""] = time.exec(text) ?? [];
   const ms = ({ h: 3600e3, m: 60e3, s: 1e3, ms: 1, "": 1 } as Record<string, number>)[unit.toLowerCase()];
   return number && ms ? Math.min(Math.trunc(Number(number) * ms), 2 ** 31 - 1) : 0;
