@@ -559,13 +559,13 @@ async function quietly(run: () => Promise<unknown>): Promise<void> {
 // 4. Session: the connection
 // ---------------------------------------------------------------------------------------------------------
 
-// The state and its life. A call has two lists: what came and nobody has taken (`#first` to `#last`), and what was asked
-// and is not answered (`#asked`). `#read` hands every event to `#receive`, which puts it where it belongs:
+// The state and its life. A call has two stores: what came and nobody has taken (`#backlog`), and what was asked and
+// is not answered (`#asked`). `#read` hands every event to `#receive`, which puts it where it belongs:
 //
 // 1. an answer settles the oldest command that asked for its name, and is gone; a `Z` fails the oldest command of all,
 //    since commands are carried out in order, and leaves it there until its acknowledgement comes;
 // 2. the layer above sees everything else (`received`);
-// 3. it waits in the list until somebody takes it. Who finds nothing waits in `until` for anything to change.
+// 3. it waits in the backlog until somebody takes it. Who finds nothing waits in `until` for anything to change.
 //
 // While something is asked `#timer` wakes Asterisk. Last words (`#by`), or a stream that cannot be written any more (`#broken`),
 // stop that: the end of the stream has a second to come (`#patience`). The caller can be gone (`#abort`) before the call is
@@ -930,7 +930,6 @@ export class Session {
         this.#listen();
         const { done, value } = await this.#reader.read();
         ended = done;
-        clearTimeout(this.#silence!); // while we do not read, silence is ours
         this.#cutter.cut(done ? undefined : value, receive);
         this.change();
         if (this.#size > AHEAD || this.#overflows) await this.#room();
@@ -997,6 +996,7 @@ export class Session {
    * more of them while there is too much and every turn takes some.
    */
   async #room(): Promise<void> {
+    clearTimeout(this.#silence!); // while we do not read, it is not the peer that is silent
     if (!this.#loops) this.#backlog?.forget();
     if (!this.#loops && !this.#overflows) return;
     let size: number;
