@@ -1326,6 +1326,7 @@ test("keepAlive: whoever speaks is not asked, and whoever answers lives", async 
   const questions = call.notes.filter(({ kind, text }) => kind === "command" && text === "G,EIVR_ALIVE");
   assert.ok(questions.every(({ at }) => at > 59 * 15), "not while keys come");
   assert.equal(questions.length, Math.floor((3600 - 59 * 15) / 20));
+  assert.doesNotMatch(call.transcript(), /EIVR_/);
 });
 
 /** Why a handler stops, what the call does before, and what becomes of it: the ending, or what is thrown. */

@@ -973,9 +973,12 @@ const SAYS: Record<Note["kind"], (text: string) => string> = {
   ends: (text) => text === "continued" ? "the dialplan goes on" : "hung up",
 };
 
-/** What happened, a {@linkcode printable} line each: when, and what. What only acknowledges a command is left out. */
+/**
+ * What happened, a {@linkcode printable} line each: when, and what. Left out is what only acknowledges a command, or asks
+ * for a sign of life.
+ */
 export function transcript(notes: Note[]): string {
-  const told = notes.filter(({ text }) => !/^G,(?: *-?\d+,)?EIVR_ACK_\d+=?$/.test(text));
+  const told = notes.filter(({ text }) => !/^G,(?: *-?\d+,)?EIVR_(?:ACK_\d+|ALIVE)=?$/.test(text));
   return told.map(({ at, kind, text }) => `${at.toFixed(3).padStart(9)}  ${printable(SAYS[kind](text))}`).join("\n");
 }
 
