@@ -3838,6 +3838,26 @@ live("bursts are carried out at once and in order", async (asterisk) => {
   }
 });
 
+live("a refusal in a burst is told to its own command", async (asterisk) => {
+  await Promise.all(["", "n"].map(async (options, i) => {
+    const random = new Random(SEED + i);
+    const up = options === "";
+    await called(asterisk, async (ivr) => {
+      const asked = Array.from({ length: 40 }, () =>
+        random.of<() => [Promise<unknown>, unknown]>([
+          () => [ivr.set({ A: "1" }), undefined],
+          () => [ivr.log("x"), undefined],
+          () => [ivr.get("NONE"), { NONE: "" }],
+          () => [ivr.queue("nosuch"), up ? "missing" : "refused"],
+          () => [ivr.send({ type: "play", file: "nosuch" }).catch(({ code }) => code), "refused"],
+          () => [ivr.interrupt().catch(({ code }) => code), up ? undefined : "refused"],
+        ])());
+      assert.deepEqual(await Promise.all(asked.map(([result]) => result)), asked.map(([, expected]) => expected));
+      await ivr.exit();
+    }, { options });
+  }));
+});
+
 live("keys typed ahead wait, and the first key interrupts the prompts", async (asterisk) => {
   await called(asterisk, async (ivr, call) => {
     await Promise.all([call.press("12#3"), ivr.play("medium")]);
