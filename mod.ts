@@ -880,12 +880,9 @@ export class Session {
     }
   }
 
-  /** A turn of the event loop, for what has nothing to send; rejects as a command does when the call is over. */
-  protected turn(): Promise<void> {
-    return promised((resolve) => {
-      if (this.#ending || this.#by) throw over();
-      setTimeout(resolve);
-    });
+  /** Throws when the call is over: Asterisk reads nothing behind its last words. */
+  protected check(): void {
+    if (this.#ending || this.#by) throw over();
   }
 
   /** Sees each event as it comes, before anybody can take it. Returns whether a promise tells of it already. */
@@ -906,7 +903,7 @@ export class Session {
       if (this.#leaving || this.#by) return;
       this.#leaving = type;
     } else {
-      if (this.#ending || this.#by) throw over(); // Asterisk reads nothing behind its last words
+      this.check();
       const own = type === "get" ? command.names[0] : type === "params" ? PARAMS : undefined;
       const name = own ?? `EIVR_ACK_${++this.#count}`;
       if (!own) text += `G,${name}\n`;
@@ -1197,12 +1194,12 @@ export class Ivr extends Session {
 
   /** Clears the playlist, plays the file, and resolves with what became of it. */
   play(file: string): Promise<Outcome> {
-    return this.#prompt({ type: "play", file });
+    return promised((resolve) => this.#prompt({ type: "play", file }, resolve));
   }
 
   /** Plays the file after what waits in the playlist, and resolves with what became of it. */
   queue(file: string): Promise<Outcome> {
-    return this.#prompt({ type: "queue", file });
+    return promised((resolve) => this.#prompt({ type: "queue", file }, resolve));
   }
 
   /** Stops and clears the playlist (Asterisk 11). */
@@ -1240,7 +1237,7 @@ export class Ivr extends Session {
   log(text: string): Promise<void> {
     return promised((resolve) => {
       const sent = messages(String(text).split(/[\r\n]/)).map((message) => this.send({ type: "log", message }));
-      resolve(Promise.all(sent.length ? sent : [this.turn()]).then(ignore));
+      resolve(Promise.all(sent.length ? sent : [this.#turn()]).then(ignore));
     });
   }
 
@@ -1255,7 +1252,7 @@ export class Ivr extends Session {
     return promised((resolve) => {
       const questions = names.map((name) => ({ type: "get" as const, names: [name] }));
       questions.forEach(formatCommand); // all are good before the first goes out
-      const asked = names.length ? Promise.all(questions.map((question) => this.send(question))) : this.turn();
+      const asked = names.length ? Promise.all(questions.map((question) => this.send(question))) : this.#turn();
       resolve(asked.then((replies) => {
         const partial = Object.fromEntries(names.map((name, i) => [name, replies![i]!.slice(name.length + 1)]));
         const cut = names.find((_, i) => encode(replies![i]!).length >= 2046);
@@ -1307,7 +1304,8 @@ export class Ivr extends Session {
       options ??= {};
       checkGather(options);
       if (this.#gathering) refuse("gather", "gather", options, "the only one under way");
-      if (this.signal.aborted) throw over();
+      this.check();
+      if (this.signal.aborted) throw over(); // with option `i` before the call is
       while (options.flush && this.take("key"));
       if (options.signal?.aborted) setTimeout(() => resolve({ digits: "", reason: "aborted", outcomes: [] }));
       else resolve(this.#gather(options));
@@ -1326,11 +1324,13 @@ export class Ivr extends Session {
     try {
       let pressed = bargeIn ? key() : undefined; // early, so that it skips the prompts
       const files = pressed ? [] : [prompt].flat();
-      let playing = files.length;
-      const prompts = Promise.all(files.map((file) => this.queue(file).finally(() => (playing--, change()))));
-      prompts.catch(ignore); // until it is awaited
-      await this.#within(promptTimeout, () => !playing || bargeIn && (pressed ??= key()) || end());
-      if (playing && !this.signal.aborted) this.interrupt();
+      const outcomes: Outcome[] = [];
+      const told = () => files.every((_, i) => outcomes[i]);
+      for (const [i, file] of files.entries()) {
+        this.#prompt({ type: "queue", file }, (outcome) => (outcomes[i] ??= outcome, change()));
+      }
+      await this.#within(promptTimeout, () => told() || bargeIn && (pressed ??= key()) || end());
+      if (!told() && !this.signal.aborted) this.interrupt();
 
       let digits = "";
       let reason: Gathered["reason"] | undefined;
@@ -1342,7 +1342,8 @@ export class Ivr extends Session {
         else if (terminators.includes(found)) [reason, terminator] = ["terminator", found as Digit];
         else if ((digits += found).length === maxDigits) reason = "maxDigits";
       }
-      return { digits, reason, ...terminator && { terminator }, outcomes: await prompts };
+      await this.until(told);
+      return { digits, reason, ...terminator && { terminator }, outcomes };
     } finally {
       signal?.removeEventListener("abort", change);
       this.#gathering = false;
@@ -1362,12 +1363,19 @@ export class Ivr extends Session {
     return super.take(wanted ?? (this.#gathering ? "other" : undefined));
   }
 
-  #prompt(command: IvrCommand): Promise<Outcome> {
+  /** A turn of the event loop, for what has nothing to send; rejects as a command does when the call is over. */
+  #turn(): Promise<void> {
     return promised((resolve) => {
-      const failed = ({ code, reason }: IvrError) =>
-        resolve(code === "ended" ? code : reason === undefined ? "refused" : "missing");
-      this.ask(command, ignore, failed, resolve);
+      this.check();
+      setTimeout(resolve);
     });
+  }
+
+  /** Sends a prompt, and tells what became of it: the first that is told is true. */
+  #prompt(command: IvrCommand, tell: (outcome: Outcome) => void): void {
+    const failed = ({ code, reason }: IvrError) =>
+      tell(code === "ended" ? code : reason === undefined ? "refused" : "missing");
+    this.ask(command, ignore, failed, tell);
   }
 
   /** Follows what a command does to the playlist. */

@@ -90,9 +90,9 @@ export function nodeStreams(input: Readable, output: Writable): { readable: Sour
 
 /** The same for Deno's connections, whose own streams keep 64 KiB ready for each read. */
 function denoStreams(conn: Deno.TcpConn): { readable: Source; writable: Sink } {
+  const chunk = new Uint8Array(1024); // which is read before the next one is asked for
   const reader = {
     async read() {
-      const chunk = new Uint8Array(2048);
       const size = await conn.read(chunk);
       return { done: size === null, value: chunk.subarray(0, size ?? 0) };
     },
