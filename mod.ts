@@ -416,17 +416,11 @@ const encode = (text: string): Bytes => new TextEncoder().encode(text);
  * ```
  */
 export function parseVariables(data: string, names: string[]): Record<string, string> {
-  const values: [string, string][] = [];
-  data = "," + data;
-  for (const [i, name] of names.entries()) {
-    const [start, next] = [`,${name}=`, `,${names[i + 1] ?? "\n"}=`]; // no value has a newline
-    if (!data.startsWith(start)) break;
-    data = data.slice(start.length);
-    const end = (data + next).indexOf(next);
-    values.push([name, data.slice(0, end)]);
-    data = data.slice(end);
-  }
-  return Object.fromEntries(values); // which takes "__proto__" as a name like any other
+  return Object.fromEntries(names.flatMap((name, i) => {
+    const [pair = ""] = data.split(`,${names[i + 1] ?? "\n"}=`, 1); // no value has a newline
+    data = data.slice(pair.length + 1);
+    return pair.startsWith(`${name}=`) ? [[name, pair.slice(name.length + 1)]] : [];
+  })); // which takes "__proto__" as a name like any other
 }
 
 // ---------------------------------------------------------------------------------------------------------
