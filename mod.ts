@@ -329,25 +329,28 @@ const COMMANDS: Record<IvrCommand["type"], string> = {
  * ```
  */
 export function parseCommand(line: string): IvrCommand {
-  let end = line.indexOf("\0");
-  if (end < 0) end = line.length;
-  while (line.charCodeAt(end - 1) <= 32) end--;
+  let end = (line + "\0").indexOf("\0");
+  while (line[end - 1]! <= " ") end--;
   const payload = line.slice(2, end);
   const letter = payload && line[0];
-  if (letter === "S") return { type: "play", file: payload };
-  if (letter === "A") return { type: "queue", file: payload };
-  if (letter === "I") return { type: "interrupt" };
-  if (letter === "T") return { type: "answer" };
-  if (letter === "D") {
-    const [, digits, interval, duration] = /^([\da-dfw*#]+)(?:,(\d*)(?:,(\d*))?)?$/i.exec(payload) ?? [];
-    const times = { ...interval && { interval: Number(interval) }, ...duration && { duration: Number(duration) } };
-    if (digits) return { type: "dtmf", digits, ...times };
+  if (letter === "D" && /^[\da-dfw*#]+(,\d*){0,2}$/i.test(payload)) {
+    const [digits = "", interval, duration] = payload.split(",");
+    return {
+      type: "dtmf",
+      digits,
+      ...interval && { interval: Number(interval) },
+      ...duration && { duration: Number(duration) },
+    };
   }
-  if (letter === "O" && /^(no)?autoclear$/i.test(payload)) return { type: "autoclear", on: !/^n/i.test(payload) };
   if (letter === "V") {
     const pairs = payload.split(",").map((pair) => /([^=]*)=?(.*)/s.exec(pair)!.slice(1));
     return { type: "set", variables: Object.fromEntries(pairs) };
   }
+  if (letter === "O" && /^(no)?autoclear$/i.test(payload)) return { type: "autoclear", on: /^a/i.test(payload) };
+  if (letter === "S") return { type: "play", file: payload };
+  if (letter === "A") return { type: "queue", file: payload };
+  if (letter === "I") return { type: "interrupt" };
+  if (letter === "T") return { type: "answer" };
   if (letter === "G") return { type: "get", names: payload.split(",") };
   if (letter === "P") return { type: "params" };
   if (letter === "L") return { type: "log", message: payload };
