@@ -76,7 +76,7 @@ export class IvrError extends Error {
   /** Always `"IvrError"`. */
   override name = "IvrError";
   /** What went wrong. */
-  code: IvrErrorCode;
+  declare code: IvrErrorCode;
   /** With `invalid`: the field of the event or command, or the option. */
   declare field?: string | undefined;
   /** With `refused`: the file that does not exist, `ANSWER_FAILURE` or `GENERATOR_FAILURE`. */
@@ -88,11 +88,10 @@ export class IvrError extends Error {
   constructor(
     code: IvrErrorCode,
     message: string,
-    more: { cause?: unknown; field?: string; reason?: string | undefined; partial?: Record<string, string> } = {},
+    more?: { cause?: unknown; field?: string; reason?: string | undefined; partial?: Record<string, string> },
   ) {
     super(message.replace(/\p{C}/gu, "?")); // no control characters, whoever they came from
-    Object.assign(this, more);
-    this.code = code;
+    Object.assign(this, { code }, more);
   }
 }
 
@@ -111,8 +110,6 @@ const EVENTS: Record<IvrEvent["type"], string> = {
   unknown: "line",
 };
 
-const KEYS = "0123456789*#ABCD";
-
 /**
  * Reads one line from Asterisk, with or without its `\n` or `\r\n`. Never throws: what it does not understand is
  * `unknown`.
@@ -129,8 +126,7 @@ const KEYS = "0123456789*#ABCD";
  * ```
  */
 export function parseEvent(line: string): IvrEvent {
-  line = chomp(line);
-  return eventIn(line, 0, line.length);
+  return eventIn(line, 0, chomp(line).length);
 }
 
 function chomp(line: string): string {
@@ -154,7 +150,7 @@ function eventIn(text: string, from: number, to: number): IvrEvent {
   if (at > start && text[from + 1] === "," && Number.isSafeInteger(timestamp)) {
     const tag = text[from]!;
     if (at === to) {
-      if (KEYS.includes(tag)) return { type: "dtmf", timestamp, digit: tag as Digit };
+      if ("0123456789*#ABCD".includes(tag)) return { type: "dtmf", timestamp, digit: tag as Digit };
       if (tag === "T") return { type: "interrupted", timestamp };
       if (tag === "Z") return { type: "failed", timestamp };
       if (tag === "H") return { type: "hangup", timestamp };
