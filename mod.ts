@@ -95,21 +95,6 @@ export class IvrError extends Error {
   }
 }
 
-/** How each event is written: its tag, which for a key is the key, and its fields, some of them optional. */
-const EVENTS: Record<IvrEvent["type"], string> = {
-  dtmf: "digit,timestamp",
-  finished: "F,timestamp,file",
-  interrupted: "T,timestamp,file",
-  dropped: "D,timestamp,file",
-  failed: "Z,timestamp,reason",
-  params: "P,timestamp,params",
-  variables: "G,timestamp,data",
-  inform: "I,timestamp,message",
-  hangup: "H,timestamp",
-  exit: "E,timestamp",
-  unknown: "line",
-};
-
 /**
  * Reads one line from Asterisk, with or without its `\n` or `\r\n`. Never throws: what it does not understand is
  * `unknown`.
@@ -185,56 +170,65 @@ function eventIn(text: string, from: number, to: number): IvrEvent {
  * ```
  */
 export function formatEvent(event: IvrEvent): string {
-  const timestamp = String((event as { timestamp?: unknown }).timestamp).padStart(10);
-  if (Object.hasOwn(EVENTS, event.type) && event.type !== "unknown") {
-    checkWhole(`send ${event.type}`, "timestamp", event.timestamp, Number.MIN_SAFE_INTEGER);
-  }
-  return format(EVENTS, event, { timestamp }, parseEvent);
+  return format(event, EVENTS, parseEvent);
 }
+
+/** A line of each type. From how it is read `format` learns how to write it: its tag, and its fields in their order. */
+const EVENTS = "1,0 F,0,x T,0,x D,0,x Z,0,x P,0,x G,0,x I,0,x H,0 E,0 ?".split(" ");
 
 /** An event or command by the names of its fields. */
 type Fields = { [field: string]: unknown };
 
-/** What a field has to be, where the rule of texts does not say it. */
-const RULES: { [field: string]: string } = {
-  type: "one that there is",
-  digit: "one of the keys 0-9 * # A-D",
-  digits: "keys 0-9 * # A-D, pauses w W, flashes f F",
-  on: "true or false",
-  params: "texts without commas",
-  variables: "names without commas and equals signs, values without commas and blanks at the end",
-  names: "names without commas and equals signs",
-  line: "one without a meaning",
+/** How a field is written that is not written as it is. */
+const TEXTS: { [field: string]: (value: unknown) => unknown } = {
+  timestamp: (value) => String(value).padStart(10),
+  on: (value) => value ? "autoclear" : "noautoclear",
+  variables: (value) => Object.entries(value as Fields).map((pair) => pair.join("=")),
 };
 
 /**
- * Writes a line in its form. Refuses one with a character that no line can carry (half of a surrogate pair arrives as
- * something else) or with a flaw, and one that does not read as it was meant. Numbers are looked at before, so what reads
- * otherwise is the first field that is none. What is not written as it is has its text in `texts`.
+ * Puts what is meant into the example of its type, field by field. Refuses the first with which the line does not read as
+ * it was meant, or has a character that no line can carry: half of a surrogate pair arrives as something else.
  */
-function format(
-  forms: Fields,
-  { ...meant }: Fields,
-  texts: Fields,
-  parse: (line: string) => Fields,
-  flaw?: RegExp,
-): string {
-  const type = String(meant["type"]);
-  const fields = (Object.hasOwn(forms, type) ? String(forms[type]) : "").split(",");
-  const parts = fields.map((field) => field.length > 1 ? texts[field] ?? meant[field] : field); // a tag is itself
-  while (parts.length && parts.at(-1) === undefined) parts.pop();
-  const field = fields.find((field) => field.length > 1 && field !== "timestamp") ?? "type";
-  let line = "";
-  let wrong = true;
-  try {
-    line = parts.join();
-    const read = parse(line);
-    const differs = (field: string) => JSON.stringify(meant[field]) !== JSON.stringify(read[field]);
-    wrong = /[\0\r\n\p{Surrogate}]/u.test(line) || flaw?.test(line) || differs("type") || differs(field);
-  } catch { /* no text at all */ }
-  if (wrong) refuse(`send ${type}`, field, meant[field]);
+function format(meant: Fields, examples: string[], parse: (line: string) => Fields, most = Infinity): string {
+  const doing = `send ${String(meant["type"])}`;
+  let line = examples.find((line) => parse(line)["type"] === meant["type"]) ?? refuse(doing, "type", meant["type"]);
+  const parts: unknown[] = line.split(",");
+  const fields = parse(line);
+  const names = Object.keys(fields);
+  for (const [i, field] of names.entries()) {
+    const value = meant[field];
+    if (!i || value === undefined && fields[field] === fields["type"]) continue; // the type itself, and a placeholder
+    fields[field] = value;
+    try {
+      parts[i in parts ? i : 0] = TEXTS[field]?.(value) ?? value; // a key, or an unknown line, stands where the tag does
+      line = parts.join();
+      if (value === undefined) line = line.replace(/,+$/, "");
+      const same = JSON.stringify(parse(line)) === JSON.stringify(fields);
+      if (same && !/[\0\r\n\p{Surrogate}]/u.test(line)) continue;
+    } catch { /* no text at all */ }
+    refuse(doing, field, value);
+  }
+  const bytes = encode(line).length;
+  if (bytes > most) refuse(doing, names[1]!, meant[names[1]!], `at most ${most} bytes as a command, not ${bytes}`);
   return line + "\n";
 }
+
+/** What a field has to be, where the rule of texts does not say it. */
+const RULES: { [field: string]: string } = {
+  type: "known",
+  line: "one unknown line",
+  timestamp: "a whole number",
+  interval: "a whole number from 0",
+  duration: "a whole number from 0",
+  on: "true or false",
+  digit: "one of the keys 0-9 * # A-D",
+  digits: "keys 0-9 * # A-D, pauses w W, flashes f F",
+  params: "texts on one line, not empty, without commas",
+  names: "names on one line, not empty, without commas and equals signs",
+  variables:
+    "names on one line, not empty, without commas and equals signs, values without commas and blanks at the end",
+};
 
 const TEXT = "text on one line, not empty, without a blank at the end";
 
@@ -242,19 +236,13 @@ const TEXT = "text on one line, not empty, without a blank at the end";
 function refuse(doing: string, field: string, value: unknown, rule = RULES[field] ?? TEXT): never {
   let shown: string = typeof value;
   try {
-    shown = JSON.stringify(value) ?? String(value);
+    shown = JSON.stringify(value) ?? shown;
   } catch { /* a value that no text shows */ }
   throw new IvrError("invalid", `Cannot ${doing}: ${field} ${shown.slice(0, 200)} has to be ${rule}`, { field });
 }
 
 function checkNumber(doing: string, field: string, value: unknown, least: number): void {
   if (typeof value !== "number" || !(value >= least)) refuse(doing, field, value, `a number from ${least}`);
-}
-
-function checkWhole(doing: string, field: string, value: unknown, least: number): void {
-  if (!Number.isSafeInteger(value) || Number(value) < least) {
-    refuse(doing, field, value, `a whole number from ${least}`);
-  }
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -293,22 +281,8 @@ export type IvrCommand =
 /** Asterisk cuts a longer line and runs the rest of it as the next command. */
 const MAX_COMMAND_BYTES = 1022;
 
-/** How each command is written. Asterisk ignores one without a payload: where there is none, `type` fills its place. */
-const COMMANDS: Record<IvrCommand["type"], string> = {
-  play: "S,file",
-  queue: "A,file",
-  interrupt: "I,type",
-  answer: "T,type",
-  dtmf: "D,digits,interval,duration",
-  autoclear: "O,on",
-  set: "V,variables",
-  get: "G,names",
-  params: "P,type",
-  log: "L,message",
-  hangup: "H,message",
-  exit: "E,message",
-  unknown: "line",
-};
+/** The same of commands. Asterisk ignores one without a payload: the type fills its place where nothing has to be said. */
+const COMMANDS = "S,x A,x I,interrupt T,answer D,0,0,0 O,autoclear V,x G,x P,params L,x H,hangup E,exit ?".split(" ");
 
 /**
  * Reads one command as Asterisk does: a NUL ends it, blanks at its end are trimmed, only its first character and what
@@ -372,29 +346,9 @@ export function parseCommand(line: string): IvrCommand {
  * ```
  */
 export function formatCommand(command: IvrCommand): string {
-  const doing = `send ${String(command.type)}`;
-  const texts: Fields = {};
-  let flaw: RegExp | undefined; // what means nothing, although it reads back as it was
-  if (command.type === "dtmf") {
-    const { interval = 0, duration = 0 } = command;
-    for (const [field, ms] of Object.entries({ interval, duration })) checkWhole(doing, field, ms, 0);
-  }
-  if (command.type === "autoclear") texts["on"] = command.on ? "autoclear" : "noautoclear";
-  if (command.type === "set") {
-    texts["variables"] = Object.entries(command.variables ?? {}).map(([name, value]) => `${name}=${String(value)}`);
-    flaw = /,=|[\0- ],/; // an empty name, a blank at a value's end
-  }
-  if (command.type === "get") flaw = /=|,,|,$/; // an equals sign in a name, an empty name
-  if (command.type === "hangup" || command.type === "exit") {
-    command = { ...command, message: command.message ?? command.type };
-  }
-  const line = format(COMMANDS, command, texts, parseCommand, flaw);
-  const bytes = encode(line).length - 1;
-  if (bytes > MAX_COMMAND_BYTES) {
-    const [, field = "line"] = COMMANDS[command.type].split(",");
-    refuse(doing, field, (command as Fields)[field], `at most ${MAX_COMMAND_BYTES} bytes as a command, not ${bytes}`);
-  }
-  return line;
+  // What reads back and means nothing: an empty name, a blank at a value's end, an equals sign in a name that is asked
+  const read = (line: string) => /^V.*(,=|[\0- ],)|^G.*(=|,,|,$)/s.test(line) ? {} : parseCommand(line);
+  return format(command, COMMANDS, read, MAX_COMMAND_BYTES);
 }
 
 /** Bytes as a `TextEncoder` makes them: never of shared memory, which streams of some types refuse. */
@@ -1414,7 +1368,8 @@ export class Ivr extends Session {
 function checkGather(options: GatherOptions): void {
   const { prompt = [], maxDigits = Infinity, terminators = "" } = options;
   const { timeout = 0, interDigitTimeout = 0, promptTimeout = 0 } = options;
-  if (maxDigits !== Infinity) checkWhole("gather", "maxDigits", maxDigits, 1);
+  checkNumber("gather", "maxDigits", maxDigits, 1);
+  if (maxDigits % 1) refuse("gather", "maxDigits", maxDigits, "a whole number");
   for (const [field, ms] of Object.entries({ timeout, interDigitTimeout, promptTimeout })) {
     checkNumber("gather", field, ms, 0);
   }
