@@ -241,10 +241,6 @@ function refuse(doing: string, field: string, value: unknown, rule = RULES[field
   throw new IvrError("invalid", `Cannot ${doing}: ${field} ${shown.slice(0, 200)} has to be ${rule}`, { field });
 }
 
-function checkNumber(doing: string, field: string, value: unknown, least: number): void {
-  if (typeof value !== "number" || !(value >= least)) refuse(doing, field, value, `a number from ${least}`);
-}
-
 // ---------------------------------------------------------------------------------------------------------
 // 2. Commands: application to Asterisk, `letter,payload`
 // ---------------------------------------------------------------------------------------------------------
@@ -450,6 +446,10 @@ export async function* lines(readable: Source, options?: LinesOptions): AsyncGen
   } finally {
     await quietly(() => reader.cancel());
   }
+}
+
+function checkNumber(doing: string, field: string, value: unknown, least: number): void {
+  if (typeof value !== "number" || !(value >= least)) refuse(doing, field, value, `a number from ${least}`);
 }
 
 /** Cuts chunks into lines, and hands on each where it stands in the text of its chunk. */
