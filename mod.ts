@@ -309,7 +309,7 @@ export function parseCommand(line: string): IvrCommand {
     };
   }
   if (letter === "V") {
-    const pairs = payload.split(",").map((pair) => /([^=]*)=?(.*)/s.exec(pair)!.slice(1));
+    const pairs = payload.split(",").map((pair) => pair.replace(/=|$/, "\0").split("\0")); // no payload has a NUL
     return { type: "set", variables: Object.fromEntries(pairs) };
   }
   if (letter === "O" && /^(no)?autoclear$/i.test(payload)) return { type: "autoclear", on: /^a/i.test(payload) };
