@@ -176,6 +176,11 @@ export function formatEvent(event: IvrEvent): string {
 /** A line of each type. From how it is read `format` learns how to write it: its tag, and its fields in their order. */
 const EVENTS = "1,0 F,0,x T,0,x D,0,x Z,0,x P,0,x G,0,x I,0,x H,0 E,0 ?".split(" ");
 
+/** Bytes as a `TextEncoder` makes them: never of shared memory, which streams of some types refuse. */
+export type Bytes = ReturnType<InstanceType<typeof TextEncoder>["encode"]>;
+
+const encode = (text: string): Bytes => new TextEncoder().encode(text);
+
 /** An event or command by the names of its fields. */
 type Fields = { [field: string]: unknown };
 
@@ -346,11 +351,6 @@ export function formatCommand(command: IvrCommand): string {
   const read = (line: string) => /^V.*(,=|[\0- ],)|^G.*(=|,,|,$)/s.test(line) ? {} : parseCommand(line);
   return format(command, COMMANDS, read, MAX_COMMAND_BYTES);
 }
-
-/** Bytes as a `TextEncoder` makes them: never of shared memory, which streams of some types refuse. */
-export type Bytes = ReturnType<InstanceType<typeof TextEncoder>["encode"]>;
-
-const encode = (text: string): Bytes => new TextEncoder().encode(text);
 
 /**
  * Reads the data of a `variables` event, given the names that were asked, in their order: so commas and equals signs in

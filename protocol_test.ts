@@ -426,6 +426,7 @@ test("commands: what the wire cannot carry is refused, and the field is named", 
   }
   assert.equal(utf8(formatCommand({ type: "play", file: long })).length, 1023);
   assert.equal(utf8(formatCommand({ type: "play", file: "é".repeat(510) })).length, 1023);
+  assert.equal(utf8(formatCommand({ type: "dtmf", digits: "1".repeat(1020) })).length, 1023);
 });
 
 test("commands: a value of any kind is refused, and names its field", () => {
@@ -440,6 +441,8 @@ test("commands: a value of any kind is refused, and names its field", () => {
     for (const [type, field] of [["play", "file"], ["log", "message"], ["dtmf", "digits"], ["get", "names"]] as const) {
       assert.throws(() => formatCommand({ type, [field]: value } as never), refuses(field, `send ${type}`));
     }
+    assert.throws(() => formatCommand({ type: "set", variables: value } as never), refuses("variables", "send set"));
+    assert.throws(() => formatEvent({ type: "exit", timestamp: value } as never), refuses("timestamp", "send exit"));
     assert.throws(
       () => formatEvent({ type: "finished", timestamp, file: value } as never),
       refuses("file", "send finished"),
