@@ -692,7 +692,7 @@ export class Session {
   // What came
   #backlog?: Backlog; // made with the first event: a quiet call costs none
   #loops = 0; // iterators that nobody has left
-  #waiting: Waiting[] = []; // who looks again when anything has changed
+  #waiting?: Waiting[] | undefined; // who looks again when anything has changed
   #keepAlive: number;
   #silence: Timer; // until the next sign of life
 
@@ -810,20 +810,20 @@ export class Session {
     if (found || this.#ending) return Promise.resolve(found);
     let resolve!: (found: unknown) => void;
     const promise = new Promise((settle) => resolve = settle);
-    this.#waiting.push({ look, resolve, promise });
+    (this.#waiting ??= []).push({ look, resolve, promise });
     return promise as Promise<Found>;
   }
 
   /** Lets everybody who waits in {@linkcode Session.until} look again. */
   protected change(): void {
     const waiting = this.#waiting;
-    if (!waiting.length) return;
-    this.#waiting = [];
+    if (!waiting) return;
+    this.#waiting = undefined;
     for (const waiter of waiting) {
       const found = waiter.look();
       if (this.#ending) waiter.promise.catch(ignore); // nobody may look at it any more
       if (found || this.#ending) waiter.resolve(found);
-      else this.#waiting.push(waiter);
+      else (this.#waiting ??= []).push(waiter);
     }
   }
 
@@ -865,16 +865,14 @@ export class Session {
   }
 
   async #read(): Promise<void> {
-    let ended = false;
-    const receive = (text: string, from: number, to: number) => {
-      this.#receive(eventIn(text, from, to), to - from + 1, ended);
-    };
     try {
-      while (!ended) {
+      for (let ended = false; !ended;) {
         this.#listen();
         const { done, value } = await this.#reader.read();
         ended = done;
-        this.#cutter.cut(done ? undefined : value, receive);
+        this.#cutter.cut(done ? undefined : value, (text, from, to) => {
+          this.#receive(eventIn(text, from, to), to - from + 1, done);
+        });
         this.change();
         if (this.#size > AHEAD || this.#overflows) await this.#room();
       }
