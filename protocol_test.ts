@@ -2304,19 +2304,6 @@ test("kit: press returns when its last key was pressed, whenever it began and wh
     assert.equal(clock.pending, 0);
   }));
 
-test("kit: the end of the script hangs up", async () => {
-  let ending: unknown;
-  {
-    await using call = dial(async (ivr) => {
-      await ivr.gather({ timeout: Infinity });
-      ending = await ivr.closed;
-    });
-    await call.wait(3);
-    assert.equal(call.host.at, 3);
-  }
-  assert.deepEqual(ending, { by: "caller" });
-});
-
 test("kit: time is the call's own, and the timers of everybody else are theirs", async () => {
   const { setTimeout: own, clearTimeout: ownClear } = globalThis;
   const began = performance.now();

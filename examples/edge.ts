@@ -15,11 +15,18 @@
  * @module
  */
 
-import { answer, type Sink, type Source } from "../mod.ts";
+import { answer, type Bytes, type Sink, type Source } from "../mod.ts";
 import { menu } from "./menu.ts";
 
-/** Workers have no `process`. */
-const { process } = globalThis;
+// What not every runtime has, so that the types of each one do
+declare const Deno: undefined | {
+  upgradeWebSocket(request: Request): { socket: WebSocket; response: Response };
+  addSignalListener: unknown;
+};
+declare const WebSocketPair: undefined | (new () => { 0: WebSocket; 1: WebSocket & { accept(): void } });
+const { process } = globalThis as {
+  process?: { env: { TOKEN?: string }; exit(): void; once(signal: string, listener: () => void): void };
+};
 
 // ---------------------------------------------------------------------------------------------------------
 // Calls
@@ -37,10 +44,10 @@ async function take(streams: { readable: Source; writable: Sink }): Promise<void
 }
 
 function drained(): void {
-  if (!calls) setTimeout(() => process.exit(), 100); // the last call's WebSocket closes meanwhile
+  if (!calls) setTimeout(() => process?.exit(), 100); // the last call's WebSocket closes meanwhile
 }
 
-if (import.meta.main) {
+if ((import.meta as { main?: boolean }).main) {
   for (const signal of ["SIGINT", "SIGTERM"] as const) {
     process?.once(signal, () => {
       draining = true;
@@ -48,7 +55,7 @@ if (import.meta.main) {
     });
   }
   // `deno serve` is about to listen to the same signals, and would break off the calls under way
-  if ("Deno" in globalThis) Deno.addSignalListener = () => {};
+  if (typeof Deno !== "undefined") Deno.addSignalListener = () => {};
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -77,7 +84,7 @@ function line(socket: Pick<WebSocket, "readyState" | "send" | "close"> & { buffe
         socket.close();
       },
     }),
-    writable: new WritableStream<Uint8Array<ArrayBuffer>>({
+    writable: new WritableStream<Bytes>({
       write(chunk) {
         if (socket.readyState !== 1) throw new Error("The WebSocket is closed");
         socket.send(chunk);
@@ -110,9 +117,6 @@ export function webSocketStreams(socket: WebSocket): { readable: Source; writabl
 // Requests
 // ---------------------------------------------------------------------------------------------------------
 
-/** What Workers have for upgrades. */
-declare const WebSocketPair: undefined | (new () => { 0: WebSocket; 1: WebSocket & { accept(): void } });
-
 /** What Bun hands to `fetch`, and what Workers do. */
 interface Host {
   upgrade?(request: Request, options: object): boolean;
@@ -128,12 +132,12 @@ function upgrade(request: Request, host: Host = {}, context?: Context): Response
     if (!host.upgrade(request, {})) throw new Error("This is no WebSocket");
     return undefined; // Bun has answered
   }
-  if (typeof WebSocketPair === "undefined") {
+  if (typeof Deno !== "undefined") {
     const { socket, response } = Deno.upgradeWebSocket(request);
     socket.addEventListener("open", () => take(webSocketStreams(socket)));
     return response;
   }
-  const { 0: client, 1: socket } = new WebSocketPair();
+  const { 0: client, 1: socket } = new WebSocketPair!();
   socket.accept();
   context?.waitUntil(take(webSocketStreams(socket))); // else what follows the call is cancelled
   return new Response(null, { status: 101, webSocket: client } as ResponseInit);

@@ -291,7 +291,6 @@ export class Call {
   /** Everything that happened, in order. */
   readonly notes: Note[] = [];
 
-  #options: DialOptions;
   #heard = 0;
   #handler: "running" | "done" | "failed" = "running";
   #failure: unknown;
@@ -304,7 +303,6 @@ export class Call {
     handler: (streams: Streams) => unknown,
     options: DialOptions = {},
   ) {
-    this.#options = options;
     this.clock = options.clock ?? new VirtualClock();
     const program = !(options.application ?? "ivr://").startsWith("ivr://");
     const { ivr, host, exit } = this.#connect(program, options.faults ?? {});
@@ -416,12 +414,6 @@ export class Call {
     return this.host.recording();
   }
 
-  /** Hangs up if the call still goes on, and waits for its end. */
-  async [Symbol.asyncDispose](): Promise<void> {
-    if (this.#left === undefined) await this.hangUp();
-    await this.over();
-  }
-
   async #until(step: CallError, test: () => boolean, after: boolean): Promise<void> {
     const began = this.clock.now();
     for (;;) {
@@ -431,7 +423,7 @@ export class Call {
       if (why) {
         const { message, stack } = step; // made as soon as it is asked for, with the message of that time
         step.message = `${printable(`${message}, but ${why}`)}\n${this.transcript()}`;
-        step.stack = stack?.replace(message, () => step.message);
+        if (stack) step.stack = stack.replace(message, () => step.message);
         if (this.#handler === "failed") step.cause = this.#failure;
         throw step;
       }
@@ -558,7 +550,7 @@ export async function replay(
   const call: Call = new Call(handler ? answered(handler) : perform, {
     ...options,
     epoch: Number(first) - at,
-    onNote,
+    ...onNote && { onNote },
   });
   call.plan(caller);
   await call.over();
