@@ -2751,6 +2751,9 @@ test("tcp: a session that overflows breaks off its own connection, and nothing e
   await server.close();
 });
 
+/** Tests of programs: Windows has neither signals nor files that run by their first line, and no Asterisk. */
+const onUnix = process.platform === "win32" ? test.skip : test;
+
 const runtime = "Deno" in globalThis ? ["run", "--quiet", "--no-check", "--allow-all"] : [];
 const example = (name: string) => fileURLToPath(new URL(`./examples/${name}`, import.meta.url));
 
@@ -2764,7 +2767,7 @@ async function ran(file: string, ...args: string[]): Promise<{ code: number | nu
   return { code, ...said };
 }
 
-test("stdio: the menu as a program", async () => {
+onUnix("stdio: the menu as a program", async () => {
   const child = spawn(process.execPath, [...runtime, example("menu.ts"), "support"], { stdio: "pipe" });
   const closed = new Promise((resolve) => child.once("close", resolve));
   const host = new Asterisk({
@@ -2788,7 +2791,7 @@ const phone = (...args: string[]) => ran("phone.ts", ...args);
 const program = (file: string, ...args: string[]) =>
   `${process.execPath}(${[...runtime, example(file), ...args].join(",")})`;
 
-test("phone: calls a program, scripted, and its exit status is where the call went", async () => {
+onUnix("phone: calls a program, scripted, and its exit status is where the call went", async () => {
   const sounds = ["hello-world", "agent-user", "vm-press", "digits/1", "digits/2", "auth-thankyou"].flatMap((
     name,
   ) => ["--sound", `${name}=0.05`]);
@@ -2823,7 +2826,7 @@ async function kept(talk: (file: string) => Promise<unknown>): Promise<Recording
   }
 }
 
-test("phone: keeps a call as a recording, which plays again without it", async () => {
+onUnix("phone: keeps a call as a recording, which plays again without it", async () => {
   const sounds = ["hello-world=9", "vm-press=9", "digits/1=0.1", "digits/2=0.1", "auth-thankyou=0.1"];
   const recording = await kept(async (file) => {
     const options = [...sounds.flatMap((sound) => ["--sound", sound]), "--set", "CITY=Žižkov", "--transcript", file];
@@ -2839,7 +2842,7 @@ test("phone: keeps a call as a recording, which plays again without it", async (
   assert.deepEqual(again.log, recording.log);
 });
 
-test("phone: keeps a call that the IVR never ends, with the hangup by Ctrl-C in it", async () => {
+onUnix("phone: keeps a call that the IVR never ends, with the hangup by Ctrl-C in it", async () => {
   const server = createServer((socket) => void socket.on("error", () => {}).resume());
   await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
   const { port } = server.address() as AddressInfo;
@@ -2867,7 +2870,7 @@ test("phone: keeps a call that the IVR never ends, with the hangup by Ctrl-C in 
   assert.deepEqual(untimedLines(await replay(recording)), untimedLines(recording));
 });
 
-test("phone: tells what became of each prompt, and ends without a word when nobody reads on", async () => {
+onUnix("phone: tells what became of each prompt, and ends without a word when nobody reads on", async () => {
   const child = spawn(process.execPath, [
     ...runtime,
     example("phone.ts"),
@@ -2885,7 +2888,7 @@ test("phone: tells what became of each prompt, and ends without a word when nobo
   assert.equal(err, "");
 });
 
-test("phone: wrong use is answered with what is wrong, and help with help", async () => {
+onUnix("phone: wrong use is answered with what is wrong, and help with help", async () => {
   const wrong: [string[], RegExp][] = [
     [[], /nobody to call/],
     [["ivr://x", "ivr://y"], /one too many/],
@@ -2910,7 +2913,7 @@ test("phone: wrong use is answered with what is wrong, and help with help", asyn
   assert.match(help.out, /--transcript FILE/);
 });
 
-test("menu: as a server it takes calls until a signal comes, and those under way end first", async () => {
+onUnix("menu: as a server it takes calls until a signal comes, and those under way end first", async () => {
   const child = spawn(process.execPath, [...runtime, example("menu.ts"), "--listen", "127.0.0.1:0"], {
     stdio: ["ignore", "pipe", "pipe"],
   });
@@ -3073,7 +3076,7 @@ function ended(socket: Socket): Promise<string> {
 
 const dialed = (port: number) => connect({ port, host: "127.0.0.1", noDelay: true });
 
-test("edge: calls over the relay, to their end and to the caller's hangup", { timeout: 120_000 }, async () => {
+onUnix("edge: calls over the relay, to their end and to the caller's hangup", { timeout: 120_000 }, async () => {
   const env = { TOKEN: "secret" };
   const far = await edge(env);
   const near = await relay([`ws://127.0.0.1:${far.port}/`], [], env);
@@ -3098,7 +3101,7 @@ test("edge: calls over the relay, to their end and to the caller's hangup", { ti
   await far.stop();
 });
 
-test("edge: who may call", { timeout: 120_000 }, async () => {
+onUnix("edge: who may call", { timeout: 120_000 }, async () => {
   const far = await edge({ TOKEN: "secret" });
   const asked = (lines: string[]) =>
     new Promise<string>((resolve) => {
@@ -3125,7 +3128,7 @@ test("edge: who may call", { timeout: 120_000 }, async () => {
   await far.stop();
 });
 
-test("edge: a session or its WebSocket ends first, and no other call knows", { timeout: 120_000 }, async () => {
+onUnix("edge: a session or its WebSocket ends first, and no other call knows", { timeout: 120_000 }, async () => {
   const far = await edge();
   const near = await relay([`ws://127.0.0.1:${far.port}/`]);
   const other = new Asterisk(await connected(near.port), { sounds: () => 0.01 });
@@ -3165,7 +3168,7 @@ test("edge: a session or its WebSocket ends first, and no other call knows", { t
   assert.doesNotMatch(far.said(), /WebSocket|controller|stream/i);
 });
 
-test("edge: after SIGTERM it takes no calls, and those under way end first", { timeout: 120_000 }, async () => {
+onUnix("edge: after SIGTERM it takes no calls, and those under way end first", { timeout: 120_000 }, async () => {
   const far = await edge();
   const near = await relay([`ws://127.0.0.1:${far.port}/`]);
   const host = await new Promise<Asterisk>((resolve) => {
@@ -3194,7 +3197,7 @@ test("edge: after SIGTERM it takes no calls, and those under way end first", { t
   await near.stop();
 });
 
-test("relay: messages of every kind, size and cut become the bytes of the call", { timeout: 120_000 }, async () => {
+onUnix("relay: messages of every kind, size and cut become the bytes of the call", { timeout: 120_000 }, async () => {
   const random = new Random(SEED);
   const meant: Buffer[] = [];
   const frames: Buffer[] = [];
@@ -3261,7 +3264,7 @@ SAAwRQIgRmV1R4CkNmfq5pHxz+I5Ia48oBbx8gLX7sHe5r9bmycCIQC4ZssMpRqj+5z/eU4UZvlXmEKk
 -----END CERTIFICATE-----`,
 };
 
-test("relay: an edge that does not answer as it should is passed over", { timeout: 120_000 }, async () => {
+onUnix("relay: an edge that does not answer as it should is passed over", { timeout: 120_000 }, async () => {
   const edges = await Promise.all([
     bareEdge((socket) => socket.end("HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\n\r\n")),
     bareEdge((socket) => socket.end("HTTP/1.1 101 Yes\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n")),
@@ -3294,7 +3297,7 @@ test("relay: an edge that does not answer as it should is passed over", { timeou
   for (const { close } of [...edges, last]) await close();
 });
 
-test(
+onUnix(
   "relay: where no edge answers, or there are too many calls, the dialplan goes on",
   { timeout: 120_000 },
   async () => {
@@ -3318,7 +3321,7 @@ test(
   },
 );
 
-test("relay: a caller who leaves while it connects costs nothing", { timeout: 120_000 }, async () => {
+onUnix("relay: a caller who leaves while it connects costs nothing", { timeout: 120_000 }, async () => {
   const gone = Promise.withResolvers<void>();
   const far = await bareEdge((socket) => {
     socket.on("close", () => gone.resolve());
@@ -3333,7 +3336,7 @@ test("relay: a caller who leaves while it connects costs nothing", { timeout: 12
   await far.close();
 });
 
-test(
+onUnix(
   "relay: who floods and who does not read is dropped, and the memory stays small",
   { timeout: 120_000 },
   async () => {
@@ -3381,7 +3384,7 @@ test(
   },
 );
 
-test(
+onUnix(
   "relay: an edge that dies without a word is noticed, one that is only quiet is not",
   { timeout: 120_000 },
   async () => {
@@ -3415,7 +3418,7 @@ test(
   },
 );
 
-test("relay: an edge that is killed ends its calls; SIGTERM lets them end", { timeout: 120_000 }, async () => {
+onUnix("relay: an edge that is killed ends its calls; SIGTERM lets them end", { timeout: 120_000 }, async () => {
   const killed = await edge();
   const far = await edge();
   const near = await relay([killed, far].map(({ port }) => `ws://127.0.0.1:${port}/`));
@@ -3439,7 +3442,7 @@ test("relay: an edge that is killed ends its calls; SIGTERM lets them end", { ti
   await far.stop();
 });
 
-test("relay: wrong use is answered in a line", { timeout: 120_000 }, async () => {
+onUnix("relay: wrong use is answered in a line", { timeout: 120_000 }, async () => {
   const taken = createServer();
   await new Promise<void>((resolve) => taken.listen(0, "127.0.0.1", resolve));
   const port = String((taken.address() as AddressInfo).port);
