@@ -56,13 +56,19 @@ function call(text: string): void {
   console.log(`README: ${text.split("/").at(-1)} answers`);
 }
 
-for (const [runtime, on] of [["deno", "Deno"], ["node", "Node and Bun"], ["bun", "Node and Bun"]] as const) {
+for (
+  const [runtime, first, on] of [
+    ["deno", "-S deno run --quiet", "Deno"],
+    ["node", "node", "Node and Bun"],
+    ["bun", "bun", "Node and Bun"],
+  ] as const
+) {
   const program = join(folder, `program-${runtime}.ts`);
-  writeFileSync(program, named(`program on ${on}`).replace("env node", `env ${runtime}`));
+  writeFileSync(program, named("program.ts on Node, Bun and Deno").replace("env node", `env ${first}`));
   chmodSync(program, 0o755);
   const port = await free();
   const server = join(folder, `server-${runtime}.ts`);
-  writeFileSync(server, named(`server on ${on}`).replace("2949", String(port)));
+  writeFileSync(server, named(`server.ts on ${on}`).replace("2949", String(port)));
   if (runtime !== "bun") run("deno", ["check", program, server], folder);
   call(program);
   const child = spawn(runtime, [...runtime === "deno" ? ["run", "--allow-net"] : [], server], { stdio: "inherit" });
