@@ -1147,7 +1147,7 @@ export class Ivr extends Session {
     return promised((resolve) => this.#prompt({ type: "queue", file }, resolve));
   }
 
-  /** Stops and clears the playlist (Asterisk 11). */
+  /** Stops what plays and clears the playlist. Asterisk has it from version 11 on. */
   interrupt(): Promise<void> {
     return this.send({ type: "interrupt" });
   }
@@ -1157,19 +1157,23 @@ export class Ivr extends Session {
     return this.send({ type: "answer" });
   }
 
-  /** Whether a key interrupts and clears the playlist by itself. */
+  /** Lets each key interrupt and clear the playlist by itself, or not. */
   autoclear(on: boolean): Promise<void> {
     return this.send({ type: "autoclear", on });
   }
 
-  /** Sets channel variables, or functions like `CALLERID(name)`, for the dialplan to read. */
+  /**
+   * Sets channel variables, or functions like `CALLERID(name)`, for the dialplan to read. No value can hold a comma, a line
+   * break or a blank at its end: `encodeURIComponent` here, `URIDECODE` in the dialplan.
+   */
   set(variables: Record<string, string>): Promise<void> {
     return this.send({ type: "set", variables });
   }
 
   /**
-   * Presses keys toward the caller, `interval` milliseconds apart, each for `duration` milliseconds; `w` and `W` are pauses
-   * of half a second and a second. Asterisk does nothing else meanwhile.
+   * Presses keys toward the caller, `interval` milliseconds apart (250 if not given), each for `duration` milliseconds
+   * (Asterisk's own if not given); `w` and `W` are pauses of half a second and a second. Asterisk does nothing else
+   * meanwhile. It has this from version 1.8 on.
    */
   sendDtmf(
     digits: string,
@@ -1178,7 +1182,7 @@ export class Ivr extends Session {
     return this.send({ type: "dtmf", digits, ...options });
   }
 
-  /** Writes any text to Asterisk's log: each of its lines, cut where the wire ends, control characters as blanks. */
+  /** Writes any text to Asterisk's log: each line by itself, a long one in pieces, control characters as blanks. */
   log(text: string): Promise<void> {
     return promised((resolve) => {
       const sent = messages(String(text).split(/[\r\n]/)).map((message) => this.send({ type: "log", message }));
@@ -1207,7 +1211,10 @@ export class Ivr extends Session {
     });
   }
 
-  /** The dialplan's call: the command itself (`ivr://host` or the program's path) and its arguments. */
+  /**
+   * Reads the dialplan's call: the command itself (`ivr://host` or the program's path), then its arguments. One with a
+   * comma in it comes as two.
+   */
   params(): Promise<string[]> {
     return this.send({ type: "params" });
   }
