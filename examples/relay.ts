@@ -65,7 +65,7 @@ async function carry(call: Socket, options: Options, report: Report): Promise<vo
   let waiting = 0;
   let send = (data: Uint8Array): number => (early.push(data), waiting += data.length);
   call.on("data", (data) => {
-    if (!signal.aborted && send(data) > MOST) over.abort("the edge does not read");
+    if (!signal.aborted && send(data as Uint8Array) > MOST) over.abort("the edge does not read");
   });
   call.on("end", () => over.abort("Asterisk closed"));
   call.on("error", ({ message }) => over.abort(`Asterisk closed, ${message}`));
@@ -96,7 +96,7 @@ async function carry(call: Socket, options: Options, report: Report): Promise<vo
         if (signal.aborted) return;
         heard = true;
         try {
-          for (const { opcode, payload } of frames.read(data)) {
+          for (const { opcode, payload } of frames.read(data as Uint8Array)) {
             if (opcode === BINARY) call.write(payload);
             if (opcode === PING) edge.write(frame(PONG, payload));
             if (opcode === CLOSE) {
