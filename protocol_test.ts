@@ -2786,6 +2786,18 @@ onUnix("stdio: the menu as a program", async () => {
   assert.ok(!host.log.some((line) => line.startsWith("stderr")), host.log.join("\n"));
 });
 
+onUnix("stdio: a program whose stdout is gone ends as it should, whenever its stdin does", async () => {
+  await Promise.all([0, 1, 5, 20, 50].map(async (ms) => {
+    const child = spawn(process.execPath, [...runtime, example("menu.ts")], { stdio: ["pipe", "pipe", "inherit"] });
+    const closed = new Promise((resolve) => child.once("close", resolve));
+    await new Promise((resolve) => child.stdout.once("data", resolve));
+    child.stdout.destroy(); // the next wake-up finds it
+    await new Promise((resolve) => setTimeout(resolve, ms));
+    child.stdin.end("E,1\n");
+    assert.equal(await closed, 0, `${ms} ms`);
+  }));
+});
+
 /** Calls with the telephone; `node menu.ts` and not its first line, so that the runtime is this one. */
 const phone = (...args: string[]) => ran("phone.ts", ...args);
 const program = (file: string, ...args: string[]) =>

@@ -67,7 +67,8 @@ async function ask(
  * where Asterisk is gone it fails and takes the rest of the input with it, the last words of the call among it.
  */
 export function nodeStreams(input: Readable, output: Writable): { readable: Source; writable: Sink } {
-  output.on("error", () => {}); // the write that fails says so
+  let broken = false;
+  output.on("error", () => broken = true); // the write that fails says so
   const chunks: AsyncIterator<Uint8Array, undefined> = input[Symbol.asyncIterator]();
   const reader = {
     read: async () => {
@@ -82,7 +83,7 @@ export function nodeStreams(input: Readable, output: Writable): { readable: Sour
       new Promise<void>((resolve, reject) => {
         setImmediate(() => output.write(chunk, (error) => error ? reject(error) : resolve()));
       }),
-    close: () => new Promise<void>((resolve) => output.end(resolve)),
+    close: () => new Promise<void>((resolve) => broken ? resolve() : output.end(resolve)), // a broken stdout never calls back
     abort: () => Promise.resolve(void output.destroy()),
   };
   return { readable: { getReader: () => reader }, writable: { getWriter: () => writer } };
