@@ -11,15 +11,17 @@
  *
  * @example A menu
  * ```ts
- * import { answer, type Ivr, type Sink, type Source } from "@externalivr/protocol";
+ * import { answer, type Ivr } from "@externalivr/protocol";
  *
  * async function menu(ivr: Ivr) {
  *   const { digits } = await ivr.gather({ prompt: "vm-enter-num-to-call", maxDigits: 4 });
  *   if (digits) await ivr.set({ ACCOUNT: digits });
- *   await ivr.exit();
+ *   await ivr.exit(); // the dialplan goes on
  * }
  *
- * const take = (streams: { readable: Source; writable: Sink }) => answer(streams, menu);
+ * async function serve(calls: Deno.TcpListener) { // ExternalIVR(ivr://host); any other pair of streams is a call as well
+ *   for await (const call of calls) answer(call, menu).catch(console.error);
+ * }
  * ```
  *
  * @module
