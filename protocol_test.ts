@@ -26,6 +26,7 @@ import {
   type Call,
   CallError,
   dial,
+  type DialOptions,
   dialStreams,
   type Recording,
   replay,
@@ -34,6 +35,7 @@ import {
 } from "./examples/testing.ts";
 import {
   answer,
+  type Ending,
   formatCommand,
   formatEvent,
   type Gathered,
@@ -52,7 +54,7 @@ import {
 } from "./mod.ts";
 
 // ---------------------------------------------------------------------------------------------------------
-// Generators
+// Generators: random choices that can be repeated
 // ---------------------------------------------------------------------------------------------------------
 
 const SEED = Number(process.env["SEED"] ?? Date.now() % 1_000_000_007);
@@ -99,7 +101,7 @@ async function forAll(runs: number, property: (random: Random) => void | Promise
 const AWKWARD = [...'ab,=; DHX0#*é€𝄞"\\()\t\r\n\0\x1f\x7f', "\ud800", " ", "autoclear", "EIVR_ACK_1="];
 
 // ---------------------------------------------------------------------------------------------------------
-// What every section uses: bytes, errors
+// What every section uses: bytes, errors, events, a host to play, a time of its own
 // ---------------------------------------------------------------------------------------------------------
 
 const utf8 = (text: string): Uint8Array => new TextEncoder().encode(text);
@@ -120,11 +122,37 @@ function streamOf(...chunks: Uint8Array[]): ReadableStream<Uint8Array> {
   });
 }
 
+const never = () => new Promise<never>(() => {});
+
+/** Streams with no more than a session uses, which never do anything unless told otherwise. */
+const bare = ({ write = never, close = never, cancel = never }: Record<string, () => Promise<never | void>>) => ({
+  readable: { getReader: () => ({ read: never, cancel, releaseLock: () => {} }) },
+  writable: { getWriter: () => ({ write, close, abort: close }) },
+});
+
 async function all<T>(items: AsyncIterable<T>): Promise<T[]> {
   const found: T[] = [];
   for await (const item of items) found.push(item);
   return found;
 }
+
+/** Takes the next event, as a loop does that is left with it. */
+async function next(session: AsyncIterable<IvrEvent>): Promise<IvrEvent | undefined> {
+  for await (const event of session) return event;
+  return undefined;
+}
+
+/** An event in a word: a key as itself, others by their type. */
+const brief = (event: IvrEvent | undefined) => event?.type === "dtmf" ? event.digit : event?.type;
+
+/** What a gather resolves with. A key as the reason is the terminator. */
+const collected = (digits: string, reason: Gathered["reason"] | "#" | "D", ...outcomes: Outcome[]): Gathered =>
+  reason === "#" || reason === "D"
+    ? { digits, reason: "terminator", terminator: reason, outcomes }
+    : { digits, reason, outcomes };
+
+/** A turn of the event loop, or so many milliseconds. */
+const pause = (ms = 0) => new Promise<void>((resolve) => setTimeout(resolve, ms));
 
 function code(expected: IvrErrorCode): (error: unknown) => boolean {
   return (error) => {
@@ -146,6 +174,10 @@ function refuses(field: string, doing: string): (error: unknown) => boolean {
   };
 }
 
+function assertNear(actual: number, expected: number, within: number, name = ""): void {
+  assert.ok(Math.abs(actual - expected) < within, `${name} ${actual}, not ${expected}`);
+}
+
 /** What a serializer takes is one line and reads back as it was; what it does not take is `invalid`. */
 function assertRoundTrip<T>(value: T, format: (value: T) => string, parse: (line: string) => T): void {
   let line: string;
@@ -156,6 +188,84 @@ function assertRoundTrip<T>(value: T, format: (value: T) => string, parse: (line
   }
   assert.match(line, /^[^\r\n\0]*\n$/);
   assert.deepEqual(parse(line), value);
+}
+
+/** How Asterisk answers a question for a variable that nobody set: `G,name` with `G,1,name=`. */
+const unset = (question: string) => question.replace("G,", "G,1,") + "=";
+
+/** Plays the host of a session, at the other ends of its streams: says just what the test says. */
+function playHost(options?: SessionOptions) {
+  const room = { highWaterMark: 1000 };
+  const events = new TransformStream<Uint8Array, Uint8Array>(undefined, undefined, room);
+  const commands = new TransformStream<Uint8Array, Uint8Array>(undefined, undefined, room);
+  const session = new Ivr({ readable: events.readable, writable: commands.writable }, options);
+  const writer = events.writable.getWriter();
+  const sent = lines(commands.readable);
+  const write = (text: string | Uint8Array) =>
+    void writer.write(typeof text === "string" ? utf8(text) : text).catch(() => {});
+  async function hears(): Promise<string> {
+    for (;;) {
+      const { value, done } = await sent.next();
+      if (done) return "(end)";
+      if (value) return value;
+    }
+  }
+  async function hearsAll(reply: (command: string) => string[] = () => []): Promise<string[]> {
+    const heard: string[] = [];
+    for (let command; (command = await hears()) !== "(end)"; heard.push(command)) say(...reply(command));
+    return heard;
+  }
+  const say = (...texts: string[]) => texts.length && write(texts.join("\n") + "\n");
+  return {
+    session,
+    /** Says lines. */
+    say,
+    /** Says a text without a newline behind it. */
+    write,
+    /** Ends the stream of events. */
+    end: () => void writer.close().catch(() => {}),
+    /** Breaks the stream of events. */
+    breaks: (error: Error) => void writer.abort(error).catch(() => {}),
+    /** The next command that is no wake-up. */
+    hears,
+    /** Every command until the end, each with a reply of so many lines. */
+    hearsAll,
+    /** Acknowledges a command whose question comes next. */
+    acknowledges: async () => say(unset(await hears())),
+    async [Symbol.asyncDispose]() {
+      const closing = session.close();
+      await hearsAll().catch(() => {}); // the session failed, and broke off
+      await closing;
+    },
+  };
+}
+
+/** Runs code in virtual time, which passes whenever nothing else happens, and leaves no timer behind. */
+async function inTime(body: (seconds: () => number) => Promise<void>): Promise<void> {
+  const clock = new VirtualClock();
+  let done = false;
+  const running = clock.run(() => body(() => clock.now() / 1e6));
+  running.catch(() => {}).then(() => done = true);
+  for (await clock.settle(); !done; await clock.settle()) {
+    assert.ok(clock.pending && clock.now() < 3600e6, "nothing more can happen");
+    await clock.step();
+  }
+  await running;
+  assert.equal(clock.pending, 0, "no timer is left");
+}
+
+/** The files that exist, and their seconds. */
+const SOUNDS = { short: 0.5, medium: 2, long: 5, beep: 0.2 };
+
+/** Holds a call to the stand-in to its end, in virtual time, with a caller who acts by themselves; no timer is left. */
+async function inCall(
+  handler: (ivr: Ivr, call: Call) => unknown,
+  { caller = [], ...options }: DialOptions & { caller?: CallerAction[] } = {},
+): Promise<void> {
+  const call: Call = dial((ivr) => handler(ivr, call), { sounds: SOUNDS, ...options });
+  call.plan(caller);
+  await call.over();
+  assert.equal(call.clock.pending, 0, "no timer is left");
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -570,171 +680,99 @@ test("lines: leaving the loop cancels the stream", async () => {
 
 // ---------------------------------------------------------------------------------------------------------
 // 4. Session: against a host that says just what the test says
+//
+// Every event reaches somebody, once. Every command is settled by its answer, or by the end of the call, which is told
+// as it was. What waits has a bound, and no call holds up another.
 // ---------------------------------------------------------------------------------------------------------
 
-/** A session and the other ends of its streams. */
-function wired(options?: SessionOptions) {
-  const events = new TransformStream<Uint8Array, Uint8Array>(undefined, undefined, { highWaterMark: 1000 });
-  const commands = new TransformStream<Uint8Array, Uint8Array>(undefined, undefined, { highWaterMark: 1000 });
-  const session = new Ivr({ readable: events.readable, writable: commands.writable }, options);
-  const writer = events.writable.getWriter();
-  const sent = lines(commands.readable)[Symbol.asyncIterator]();
-  return {
-    session,
-    writer,
-    say: (...texts: string[]) => void writer.write(utf8(texts.join("\n") + "\n")).catch(() => {}),
-    end: () => void writer.close().catch(() => {}),
-    /** The next command that is no wake-up. */
-    async hears(): Promise<string> {
-      for (;;) {
-        const { value, done } = await sent.next();
-        if (done) return "(end)";
-        if (value) return value;
-      }
-    },
-    async [Symbol.asyncDispose]() {
-      const closing = session.close();
-      try {
-        while (!(await sent.next()).done);
-      } catch { /* the session failed, and broke off */ }
-      await closing;
-    },
-  };
-}
+// Events
 
 test("session: every event reaches the iterator, once and in order", async () => {
-  const host = wired();
-  const stream = EVENTS.map(([line]) => line).concat(STRANGE_EVENTS);
-  host.say(...stream);
+  await using host = playHost();
+  host.say(...EVENTS.map(([line]) => line), ...STRANGE_EVENTS);
   host.end();
-  const expected = [...EVENTS.map(([, event]) => event), ...STRANGE_EVENTS.map((line) => ({ type: "unknown", line }))];
-  assert.deepEqual(await all(host.session), expected);
+  const strange = STRANGE_EVENTS.map((line) => ({ type: "unknown", line }));
+  assert.deepEqual(await all(host.session), [...EVENTS.map(([, event]) => event), ...strange]);
   assert.deepEqual(await all(host.session), []);
-  await host.session.close();
 });
 
 test("session: two waits get an event each, and a loop that was left swallows none", async () => {
-  await using host = wired();
-  const first = host.session[Symbol.asyncIterator]();
-  const second = host.session[Symbol.asyncIterator]();
-  const waits = [first.next(), second.next(), first.next(), second.next()];
-  await first.return!();
+  await using host = playHost();
+  const [left, stays] = [host.session[Symbol.asyncIterator](), host.session[Symbol.asyncIterator]()];
+  const waits = [left.next(), stays.next(), left.next(), stays.next()];
+  await left.return!();
   host.say("1,1", "2,1", "3,1");
-  const results = await Promise.all(waits);
-  assert.deepEqual(results.map(({ done, value }) => done ? "done" : (value as { digit: string }).digit), [
-    "done",
-    "1",
-    "done",
-    "2",
-  ]);
-  for await (const event of host.session) {
-    assert.deepEqual(event, { type: "dtmf", timestamp: 1, digit: "3" });
-    break;
-  }
+  const results = (await Promise.all(waits)).map(({ done, value }) => done ? "done" : brief(value!));
+  assert.deepEqual(results, ["done", "1", "done", "2"]);
+  assert.deepEqual(await next(host.session), { type: "dtmf", timestamp: 1, digit: "3" });
   host.say("4,1");
-  assert.deepEqual((await second.next()).value, { type: "dtmf", timestamp: 1, digit: "4" });
+  assert.deepEqual((await stays.next()).value, { type: "dtmf", timestamp: 1, digit: "4" });
   host.say("5,1");
-  assert.equal((await first.next()).done, true);
+  assert.equal((await left.next()).done, true);
 });
 
-test("session: a get asks one name a line, all at once, and takes its replies by name", async () => {
-  await using host = wired();
-  const got = host.session.get("A", "B", "C");
-  assert.deepEqual([await host.hears(), await host.hears(), await host.hears()], ["G,A", "G,B", "G,C"]);
-  host.say("G,1,B=,A=1", "G,1,C=x,y=z", "G,1,OTHER=3", "G,1,A= 1,B=2,\x01");
-  assert.deepEqual(await got, { A: " 1,B=2,\x01", B: ",A=1", C: "x,y=z" });
-  const iterator = host.session[Symbol.asyncIterator]();
-  assert.deepEqual((await iterator.next()).value, { type: "variables", timestamp: 1, data: "OTHER=3" });
-  assert.deepEqual(await host.session.get(), {});
+test("session: a wait that nobody looks at is no unhandled rejection", async () => {
+  await using host = playHost({ maxBuffer: 50 });
+  host.session[Symbol.asyncIterator]().next();
+  host.write("x".repeat(100));
+  assert.equal((await host.session.closed).by, "error");
 });
 
-test("session: a get or params that was sent has its reply with its promise, and nobody else", async () => {
-  await using host = wired();
-  const bare = host.session.send({ type: "get", names: ["A", "B"] });
-  const got = host.session.get("A");
-  const params = [host.session.params(), host.session.send({ type: "params" })];
-  assert.deepEqual([await host.hears(), await host.hears()], ["G,A,B", "G,A"]);
-  host.say("G,1,A=1,B=2", "G,1,A=3", "P,1,ivr://x,y", "P,1,ivr://x,z", "1,1");
-  assert.equal(await bare, "A=1,B=2");
-  assert.deepEqual(await got, { A: "3" });
-  assert.deepEqual(await Promise.all(params), [["ivr://x", "y"], ["ivr://x", "z"]]);
-  const iterator = host.session[Symbol.asyncIterator]();
-  assert.equal((await iterator.next()).value!.type, "dtmf");
-});
+// Commands, and what answers them
 
-test("session: a value that may have been cut is never returned", async () => {
-  for (const [size, whole] of [[2045, true], [2046, false], [2047, false]] as const) {
-    await using host = wired();
-    const got = host.session.get("A", "B");
-    host.say("G,1,A=1", "G,1,B=" + "x".repeat(size - 2));
-    if (whole) assert.equal((await got)["B"], "x".repeat(size - 2));
-    else {
-      await assert.rejects(got, (error) => {
-        assert.ok(code("truncated")(error));
-        assert.deepEqual((error as IvrError).partial, { A: "1", B: "x".repeat(size - 2) });
-        return true;
-      });
-    }
-  }
-  await using host = wired();
-  const got = host.session.get("B");
-  host.say("G,1,B=" + "é".repeat(1022)); // 2046 bytes
-  await assert.rejects(got, code("truncated"));
-});
+/** What rejects before a byte is sent: the field at fault, what was tried, and the call. */
+const INVALID: [field: string, doing: string, call: (ivr: Ivr) => Promise<unknown>][] = [
+  ["file", "send play", (ivr) => ivr.play("")],
+  ["file", "send queue", (ivr) => ivr.queue("a\nH,b")],
+  ["variables", "send set", (ivr) => ivr.set({ A: "1,2" })],
+  ["variables", "send set", (ivr) => ivr.set({})],
+  ["variables", "send set", (ivr) => ivr.set({ A: "x".repeat(1100) })],
+  ["names", "send get", (ivr) => ivr.get("GOOD", "BAD=1")],
+  ["digits", "send dtmf", (ivr) => ivr.sendDtmf("12x")],
+  ["interval", "send dtmf", (ivr) => ivr.sendDtmf("1", { interval: -1 })],
+  ["on", "send autoclear", (ivr) => ivr.autoclear("yes" as never)],
+  ["line", "send unknown", (ivr) => ivr.send({ type: "unknown", line: "H,x" })],
+  ["message", "send hangup", (ivr) => ivr.send({ type: "hangup", message: "a\nb" })],
+  ["type", "send beep", (ivr) => ivr.send({ type: "beep" } as never)],
+  ["maxDigits", "gather", (ivr) => ivr.gather({ maxDigits: 0 })],
+  ["maxDigits", "gather", (ivr) => ivr.gather({ maxDigits: 1.5 })],
+  ["terminators", "gather", (ivr) => ivr.gather({ terminators: "#x" })],
+  ["timeout", "gather", (ivr) => ivr.gather({ timeout: -1 })],
+  ["timeout", "gather", (ivr) => ivr.gather({ timeout: NaN })],
+  ["timeout", "gather", (ivr) => ivr.gather({ timeout: "5" as never })],
+  ["interDigitTimeout", "gather", (ivr) => ivr.gather({ interDigitTimeout: -1 })],
+  ["promptTimeout", "gather", (ivr) => ivr.gather({ promptTimeout: null as never })],
+  ["prompt", "gather", (ivr) => ivr.gather({ prompt: ["good", "bad\n"] })],
+];
 
 test("session: bad input rejects before a byte is sent, and nobody has to look", async () => {
-  await using host = wired();
-  const { session } = host;
-  const bad: [string, string, () => Promise<unknown>][] = [
-    ["file", "send play", () => session.play("")],
-    ["file", "send queue", () => session.queue("a\nH,b")],
-    ["variables", "send set", () => session.set({ A: "1,2" })],
-    ["variables", "send set", () => session.set({})],
-    ["variables", "send set", () => session.set({ A: "x".repeat(1100) })],
-    ["names", "send get", () => session.get("GOOD", "BAD=1")],
-    ["digits", "send dtmf", () => session.sendDtmf("12x")],
-    ["interval", "send dtmf", () => session.sendDtmf("1", { interval: -1 })],
-    ["on", "send autoclear", () => session.autoclear("yes" as never)],
-    ["line", "send unknown", () => session.send({ type: "unknown", line: "H,x" })],
-    ["message", "send hangup", () => session.send({ type: "hangup", message: "a\nb" })],
-    ["type", "send beep", () => session.send({ type: "beep" } as never)],
-    ["maxDigits", "gather", () => session.gather({ maxDigits: 0 })],
-    ["maxDigits", "gather", () => session.gather({ maxDigits: 1.5 })],
-    ["terminators", "gather", () => session.gather({ terminators: "#x" })],
-    ["timeout", "gather", () => session.gather({ timeout: -1 })],
-    ["timeout", "gather", () => session.gather({ timeout: NaN })],
-    ["timeout", "gather", () => session.gather({ timeout: "5" as never })],
-    ["interDigitTimeout", "gather", () => session.gather({ interDigitTimeout: -1 })],
-    ["promptTimeout", "gather", () => session.gather({ promptTimeout: null as never })],
-    ["prompt", "gather", () => session.gather({ prompt: ["good", "bad\n"] })],
-  ];
-  for (const [field, doing, call] of bad) {
-    call(); // nobody looks
-    await assert.rejects(call(), refuses(field, doing));
+  await using host = playHost();
+  for (const [field, doing, call] of INVALID) {
+    call(host.session); // nobody looks
+    await assert.rejects(call(host.session), refuses(field, doing));
   }
-  session.set({ GOOD: "1" });
+  host.session.set({ GOOD: "1" });
   assert.equal(await host.hears(), "V,GOOD=1");
 });
 
-test("session: the acknowledgement's name is unique, unset, and never seen", async () => {
-  await using host = wired();
+test("session: a command is acknowledged by a G behind it, of a name that is unique and never seen", async () => {
+  await using host = playHost();
   const done = [host.session.set({ A: "1" }), host.session.log("x"), host.session.interrupt()];
-  const names: string[] = [];
+  const questions: string[] = [];
   for (const command of ["V,A=1", "L,x", "I,interrupt"]) {
     assert.equal(await host.hears(), command);
-    const [, name] = /^G,([^,=]+)$/.exec(await host.hears())!;
-    names.push(name!);
+    questions.push(await host.hears());
+    assert.match(questions.at(-1)!, /^G,[^,=]+$/);
   }
-  assert.equal(new Set(names).size, 3);
-  for (const name of names) host.say(`G,1,${name}=`);
+  assert.equal(new Set(questions).size, 3);
+  host.say(...questions.map(unset));
   await Promise.all(done);
   host.say("1,1");
-  const { value } = await host.session[Symbol.asyncIterator]().next();
-  assert.equal(value!.type, "dtmf");
+  assert.equal(brief(await next(host.session)), "1");
 });
 
 test("session: a Z belongs to the command whose acknowledgement comes next", async () => {
-  await using host = wired();
+  await using host = playHost();
   const { session } = host;
   const results = Promise.allSettled([
     session.set({ A: "1" }),
@@ -746,112 +784,189 @@ test("session: a Z belongs to the command whose acknowledgement comes next", asy
   ]);
   const acks: string[] = [];
   while (acks.length < 6) {
-    const [, name] = /^G,(.*)$/.exec(await host.hears()) ?? [];
-    if (name) acks.push(`G,1,${name}=`);
+    const command = await host.hears();
+    if (command.startsWith("G,")) acks.push(unset(command));
   }
-  host.say(
-    acks[0]!,
-    "Z,1,nosuch",
-    acks[1]!,
-    "Z,1",
-    acks[2]!,
-    acks[3]!,
-    "Z,1,nosuch2",
-    acks[4]!,
-    "Z,1,ANSWER_FAILURE",
-    acks[5]!,
-    "F,1,good",
-  );
-  const outcomes = (await results).map((result) =>
-    result.status === "fulfilled" ? result.value : (result.reason as IvrError).code
-  );
+  const failures = [[], ["Z,1,nosuch"], ["Z,1"], [], ["Z,1,nosuch2"], ["Z,1,ANSWER_FAILURE"]];
+  host.say(...failures.flatMap((failure, i) => [...failure, acks[i]!]), "F,1,good");
+  const outcomes = (await results).map((result) => result.status === "fulfilled" ? result.value : result.reason.code);
   assert.deepEqual(outcomes, [undefined, "missing", "refused", "finished", "refused", "refused"]);
   host.end();
-  assert.deepEqual((await all(session)).map(({ type }) => type), ["failed", "failed", "failed", "failed", "finished"]);
+  assert.deepEqual((await all(session)).map(brief), ["failed", "failed", "failed", "failed", "finished"]);
 });
 
-test("session: files settle in the order of the playlist, also the same one three times", async () => {
-  await using host = wired();
-  const { session } = host;
-  const outcomes: Record<string, Outcome> = {};
-  const follow = (name: string, prompt: Promise<Outcome>) => void prompt.then((outcome) => outcomes[name] = outcome);
-  follow("a1", session.queue("a"));
-  follow("a2", session.queue("a"));
-  follow("unreadable", session.queue("b"));
-  follow("a3", session.queue("a"));
-  follow("c", session.queue("c"));
-  follow("old", session.queue("d"));
-  const settled = async (line: string, ...names: string[]) => {
-    host.say(line);
-    await session.get("X").then(() => {}, () => {});
-    assert.deepEqual(Object.keys(outcomes).sort(), names.sort());
-  };
-  (async () => {
-    for (let line; (line = await host.hears()) !== "(end)";) {
-      if (line.startsWith("G,")) host.say(`G,1,${line.slice(2)}=`);
+test("session: a get asks one name a line, all at once, and takes its replies by name", async () => {
+  await using host = playHost();
+  const got = host.session.get("A", "B", "C");
+  assert.deepEqual([await host.hears(), await host.hears(), await host.hears()], ["G,A", "G,B", "G,C"]);
+  host.say("G,1,B=,A=1", "G,1,C=x,y=z", "G,1,OTHER=3", "G,1,A= 1,B=2,\x01");
+  assert.deepEqual(await got, { A: " 1,B=2,\x01", B: ",A=1", C: "x,y=z" });
+  assert.deepEqual(await next(host.session), { type: "variables", timestamp: 1, data: "OTHER=3" });
+});
+
+test("session: a get of no names has nothing to wait for", async () => {
+  await using host = playHost();
+  assert.deepEqual(await host.session.get(), {});
+});
+
+test("session: a get or params that was sent has its reply with its promise, and nobody else", async () => {
+  await using host = playHost();
+  const both = host.session.send({ type: "get", names: ["A", "B"] });
+  const got = host.session.get("A");
+  const params = [host.session.params(), host.session.send({ type: "params" })];
+  assert.deepEqual([await host.hears(), await host.hears()], ["G,A,B", "G,A"]);
+  host.say("G,1,A=1,B=2", "G,1,A=3", "P,1,ivr://x,y", "P,1,ivr://x,z", "1,1");
+  assert.equal(await both, "A=1,B=2");
+  assert.deepEqual(await got, { A: "3" });
+  assert.deepEqual(await Promise.all(params), [["ivr://x", "y"], ["ivr://x", "z"]]);
+  assert.equal(brief(await next(host.session)), "1");
+});
+
+test("session: a forged reply answers no question that was not asked for", async () => {
+  await using host = playHost();
+  const params = host.session.params();
+  host.say("G,1,=boo", "G,1,==boo", "G,1,boo", "P,1,ivr://x");
+  assert.deepEqual(await params, ["ivr://x"]);
+});
+
+test("session: a value that may have been cut is never returned, but stands in the error", async () => {
+  for (
+    const [value, whole] of [["x".repeat(2043), true], ["x".repeat(2044), false], ["x".repeat(2045), false]] as const
+  ) {
+    await using host = playHost();
+    const got = host.session.get("A", "B");
+    host.say("G,1,A=1", `G,1,B=${value}`);
+    if (whole) assert.equal((await got)["B"], value);
+    else {
+      await assert.rejects(got, (error: IvrError) => {
+        assert.deepEqual(error.partial, { A: "1", B: value });
+        return code("truncated")(error);
+      });
     }
-  })();
-  await settled("F,1,a", "a1");
-  await settled("T,1,a", "a1", "a2");
-  await settled("D,1,other", "a1", "a2");
-  await settled("F,1,a", "a1", "a2", "unreadable", "a3");
-  await settled("T,1", "a1", "a2", "unreadable", "a3", "c");
-  await session.interrupt(); // carried out, and nothing said of what waited
-  assert.deepEqual(outcomes, {
-    a1: "finished",
-    a2: "interrupted",
-    unreadable: "skipped",
-    a3: "finished",
-    c: "interrupted",
-    old: "skipped",
-  });
+  }
+  await using host = playHost();
+  const got = host.session.get("B");
+  host.say("G,1,B=" + "é".repeat(1022)); // 2046 bytes
+  await assert.rejects(got, code("truncated"));
 });
 
-test("session: how a call ends", async () => {
-  const endings: [string, (host: ReturnType<typeof wired>) => void, Awaited<Ivr["closed"]>][] = [
-    ["the caller", ({ say, end }) => (say("H,1"), end()), { by: "caller" }],
-    ["our hangup", ({ session, say, end }) => (session.hangup(), say("H,1"), end()), { by: "hangup" }],
-    ["the caller, before our exit", ({ session, say, end }) => (session.exit(), say("H,1"), end()), { by: "caller" }],
-    ["our exit", ({ session, say, end }) => (session.exit(), say("E,1"), end()), { by: "exit" }],
-    ["without a word", ({ end }) => end(), { by: "disconnect" }],
-    ["half a line", ({ writer, end }) => (writer.write(utf8("H,1")), end()), { by: "caller" }],
-    ["closed by us", ({ session }) => void session.close(), { by: "disconnect" }],
-    ["a reset after H", ({ say, writer }) => (say("H,1"), void setTimeout(() => writer.abort(new Error("reset")))), {
-      by: "caller",
-    }],
-    ["a reset after our E", ({ session, writer }) => (session.exit(), void writer.abort(new Error("reset"))), {
-      by: "exit",
-    }],
-  ];
-  for (const [name, how, ending] of endings) {
-    await using host = wired();
-    const { session } = host;
-    const pending = [session.set({ A: "1" }), session.get("A"), session.params(), session.send({ type: "answer" })];
-    const prompts = [session.play("a"), session.queue("b")];
-    const gathered = session.gather();
-    const { signal } = session;
-    how(host);
-    assert.deepEqual(await session.closed, ending, name);
-    for (const promise of pending) await assert.rejects(promise, code("ended"), name);
-    assert.deepEqual(await Promise.all(prompts), ["ended", "ended"]);
-    assert.deepEqual(await gathered, { digits: "", reason: "hangup", outcomes: [] });
-    assert.ok(signal.aborted && code("ended")(signal.reason));
-    for (const late of AFTERWARDS) await assert.rejects(late(session), code("ended"));
-    await Promise.all([session.hangup(), session.exit(), session.close(), session.close()]);
-    for await (const event of session) assert.ok(event);
+test("session: no message has a control character, whoever it came from", async () => {
+  await using host = playHost();
+  const refused = host.session.answer();
+  const truncated = host.session.get("A\x1bB");
+  host.say("Z,1,\x1b[31m\x07\u202e", `G,1,A\x1bB=${"x".repeat(2050)}`);
+  for (const [promise, reason] of [[refused, "refused"], [truncated, "truncated"]] as const) {
+    await assert.rejects(promise, (error: Error) => {
+      assert.doesNotMatch(error.message, /[\p{Cc}\p{Cf}]/u);
+      return code(reason)(error);
+    });
   }
 });
 
-/** Everything that can be asked for when a call is over. */
-const AFTERWARDS: ((ivr: Ivr) => Promise<unknown>)[] = [
+test("session: log, hangup and exit take any text: log in lines that fit, the others what fits on one", () =>
+  forAll(60, async (random) => {
+    for (const end of ["hangup", "exit"] as const) {
+      await using host = playHost();
+      const text = random.text([...AWKWARD, "x".repeat(900), "é€𝄞".repeat(200)], 6);
+      host.session.log(text);
+      host.session[end](text);
+      host.session.exit("too late");
+      host.session.close();
+      const heard = await host.hearsAll();
+      const letters = (text: string) => text.replace(/[\s\p{Cc}]+/gu, "").replace(/\p{Surrogate}/gu, "?");
+      const logged = heard.filter((line) => line.startsWith("L,"));
+      const [last, ...more] = heard.filter((line) => /^[HE],/.test(line));
+      for (const line of [...logged, last!]) {
+        assert.match(line, /^.,.*[^ ]$/);
+        assert.ok(utf8(line).length <= 1022);
+      }
+      assert.equal(letters(logged.map((line) => line.slice(2)).join("")), letters(text));
+      assert.deepEqual(more, []);
+      if (letters(text)) assert.ok(letters(text).startsWith(letters(last!.slice(2))), last);
+      else assert.equal(last!.slice(2), end);
+    }
+  }));
+
+// What becomes of prompts
+
+test("outcomes: files settle in the order of the playlist, also the same one three times", async () => {
+  await using host = playHost();
+  const { session } = host;
+  let told: string[] = [];
+  for (const prompt of ["a 1", "a 2", "b", "a 3", "c", "d"]) {
+    session.queue(prompt[0]!).then((outcome) => told.push(`${prompt} ${outcome}`));
+  }
+  host.hearsAll((command) => command.startsWith("G,") ? [unset(command)] : []);
+  const becomes = async (line: string, ...expected: string[]) => {
+    told = [];
+    host.say(line);
+    await session.get("X");
+    assert.deepEqual(told, expected);
+  };
+  await becomes("F,1,a", "a 1 finished");
+  await becomes("T,1,a", "a 2 interrupted");
+  await becomes("D,1,other");
+  await becomes("F,1,a", "b skipped", "a 3 finished"); // b could not be opened
+  await becomes("T,1", "c interrupted"); // as Asterisk 1.6 says it
+  told = [];
+  await session.interrupt(); // carried out, and nothing said of what waited
+  assert.deepEqual(told, ["d skipped"]);
+});
+
+test("outcomes: those of one's own prompts never overflow a call that does not iterate, or left its loop", async () => {
+  for (const looped of [false, true]) {
+    await using host = playHost({ maxBuffer: 500 });
+    const { session } = host;
+    if (looped) {
+      host.say("1,1");
+      await next(session);
+    }
+    let file = "";
+    host.hearsAll((command) => {
+      if (command.startsWith("G,")) {
+        return file === "nosuch" ? ["Z,1,nosuch", unset(command)] : [unset(command), `F,1,${file}`];
+      }
+      file = command.slice(2);
+      return [];
+    });
+    for (let i = 0; i < 200; i++) {
+      assert.equal(await session.queue(i % 3 ? "beep" : "nosuch"), i % 3 ? "finished" : "missing");
+      if (i === 100) host.say("5,1"); // what no promise told is kept
+    }
+    assert.deepEqual(await session.gather({ maxDigits: 1 }), collected("5", "maxDigits"));
+  }
+});
+
+// How a call ends
+
+type Host = ReturnType<typeof playHost>;
+
+const RESET = new Error("reset");
+
+/** How a call ends, what is done for it, and what it is told as. */
+const ENDINGS: [name: string, how: (host: Host) => void, ending: Ending][] = [
+  ["the caller", ({ say, end }) => (say("H,1"), end()), { by: "caller" }],
+  ["our hangup", ({ session, say, end }) => (session.hangup(), say("H,1"), end()), { by: "hangup" }],
+  ["the caller, before our exit", ({ session, say, end }) => (session.exit(), say("H,1"), end()), { by: "caller" }],
+  ["our exit", ({ session, say, end }) => (session.exit(), say("E,1"), end()), { by: "exit" }],
+  ["without a word", ({ end }) => end(), { by: "disconnect" }],
+  ["without a word after our exit", ({ session, end }) => (session.exit(), end()), { by: "disconnect" }],
+  ["half a line", ({ write, end }) => (write("H,1"), end()), { by: "caller" }],
+  ["closed by us", ({ session }) => void session.close(), { by: "disconnect" }],
+  ["a reset after H", ({ say, breaks }) => (say("H,1"), void setTimeout(() => breaks(RESET))), { by: "caller" }],
+  ["a reset after our E", ({ session, breaks }) => (session.exit(), breaks(RESET)), { by: "exit" }],
+];
+
+/** Everything that sends a command, or has none to send. */
+const ASKING: ((ivr: Ivr) => Promise<unknown>)[] = [
   (ivr) => ivr.play("a"),
   (ivr) => ivr.queue("a"),
-  (ivr) => ivr.gather(),
-  (ivr) => ivr.gather({ prompt: "a", signal: AbortSignal.abort() }),
   (ivr) => ivr.set({ A: "1" }),
   (ivr) => ivr.get("A"),
+  (ivr) => ivr.get(),
   (ivr) => ivr.params(),
   (ivr) => ivr.log("a"),
+  (ivr) => ivr.log(""),
   (ivr) => ivr.sendDtmf("1"),
   (ivr) => ivr.interrupt(),
   (ivr) => ivr.answer(),
@@ -859,19 +974,62 @@ const AFTERWARDS: ((ivr: Ivr) => Promise<unknown>)[] = [
   (ivr) => ivr.send({ type: "play", file: "a" }),
 ];
 
+/** All of that, and what needs a caller. */
+const ANYTHING: ((ivr: Ivr) => Promise<unknown>)[] = [
+  ...ASKING,
+  (ivr) => ivr.gather(),
+  (ivr) => ivr.gather({ prompt: "a", signal: AbortSignal.abort() }),
+];
+
+test("session: it is told who ended a call, whatever is under way", async () => {
+  for (const [name, how, ending] of ENDINGS) {
+    for (const busy of [[], [...ASKING, (ivr: Ivr) => ivr.gather()]]) {
+      await using host = playHost();
+      for (const ask of busy) ask(host.session);
+      how(host);
+      assert.deepEqual(await host.session.closed, ending, name);
+    }
+  }
+});
+
+test("session: what is under way when the call ends settles with that", async () => {
+  for (const [name, how] of ENDINGS) {
+    await using host = playHost();
+    const { session } = host;
+    const pending = [session.set({ A: "1" }), session.get("A"), session.params(), session.send({ type: "answer" })];
+    const prompts = [session.play("a"), session.queue("b")];
+    const gathering = session.gather();
+    how(host);
+    for (const promise of pending) await assert.rejects(promise, code("ended"), name);
+    assert.deepEqual(await Promise.all(prompts), ["ended", "ended"]);
+    assert.deepEqual(await gathering, collected("", "hangup"));
+  }
+});
+
+test("session: once it is over its signal is aborted, whatever is asked rejects, and leaving resolves", async () => {
+  for (const [, how] of ENDINGS) {
+    await using host = playHost();
+    const { session } = host;
+    const { signal } = session;
+    how(host);
+    await session.closed;
+    assert.ok(signal.aborted && code("ended")(signal.reason));
+    for (const late of ANYTHING) await assert.rejects(late(session), code("ended"));
+    await Promise.all([session.hangup(), session.exit(), session.close(), session.close()]);
+    for await (const event of session) assert.ok(event);
+  }
+});
+
 test("session: behind its last words Asterisk is sent nothing more, and whatever is asked rejects", async () => {
-  for (const last of ["H,1", "E,1"]) {
-    await using host = wired();
+  for (const [last, asked] of [["H,1", ANYTHING], ["E,1", ASKING]] as const) { // behind E the caller is still there
+    await using host = playHost();
     const { session } = host;
     const under = session.play("under way");
     while ((await host.hears()) !== "S,under way");
     await host.hears();
     host.say(last);
-    await new Promise<void>((resolve) => setTimeout(resolve)); // it has been read
-    for (const late of AFTERWARDS) {
-      if (last === "E,1" && /gather/.test(String(late))) continue; // which the signal would end: the caller is still there
-      await assert.rejects(late(session), code("ended"));
-    }
+    await pause(); // it has been read
+    for (const late of asked) await assert.rejects(late(session), code("ended"));
     const leaving = [session.hangup(), session.exit()];
     host.end();
     assert.equal(await host.hears(), "(end)");
@@ -880,54 +1038,29 @@ test("session: behind its last words Asterisk is sent nothing more, and whatever
   }
 });
 
-test("session: a call that goes on trying when it is over stops nobody else", async () => {
-  const stubborn = [
-    ...AFTERWARDS,
-    (ivr: Ivr) => ivr.hangup(),
-    (ivr: Ivr) => ivr.exit(),
-    (ivr: Ivr) => ivr.play(""),
-    (ivr: Ivr) => ivr.log(""),
-    (ivr: Ivr) => ivr.get(),
-    (ivr: Ivr) => all(ivr),
-  ];
-  for (const again of stubborn) {
-    const host = wired();
-    host.say("H,1");
+test("session: what stands behind the last newline answers nothing, since it may be cut", async () => {
+  for (const rest of ["G,1,FOO=ba", "G,1,FOO", "Z,1", "F,1,a"]) {
+    await using host = playHost();
+    const got = host.session.get("FOO");
+    const played = host.session.play("ab");
+    const gathering = host.session.gather();
+    host.write(rest);
     host.end();
-    await host.session.closed;
-    let turns = 0;
-    const others = (async () => {
-      for (; turns < 10; turns++) await new Promise((resolve) => setTimeout(resolve));
-    })();
-    while (turns < 10) await again(host.session).catch(() => {});
-    await others;
-    await host.session.close();
+    await assert.rejects(got, code("ended"));
+    assert.equal(await played, "ended");
+    assert.deepEqual(await gathering, collected("", "hangup"));
+    assert.deepEqual(await all(host.session), [parseEvent(rest)]);
   }
-  // Nor one that failed by itself, nor one that goes on and has nothing to send
-  const failed = wired({ maxBuffer: 10 });
-  failed.writer.write(utf8("x".repeat(100))).catch(() => {});
-  await failed.session.closed;
-  for (const again of [() => all(failed.session), () => failed.session.log("")]) {
-    let turned = false;
-    setTimeout(() => turned = true);
-    while (!turned) await again().catch(() => {});
-  }
-  // Nor one that asks with a signal that was aborted before
-  await using host = wired();
-  let turned = false;
-  setTimeout(() => turned = true);
-  while (!turned) await host.session.gather({ signal: AbortSignal.abort() });
 });
 
 test("session: a stream that breaks is the end of a call, after the events before it, and loops just end", async () => {
-  const reset = new Error("reset");
-  await using host = wired();
+  await using host = playHost();
   const pending = host.session.set({ A: "1" });
   host.say("1,1");
-  setTimeout(() => host.writer.abort(reset));
+  setTimeout(() => host.breaks(RESET));
   assert.equal((await all(host.session)).length, 1);
-  assert.deepEqual(await host.session.closed, { by: "disconnect", error: reset });
-  await assert.rejects(pending, (error) => code("ended")(error) && (error as Error).cause === reset);
+  assert.deepEqual(await host.session.closed, { by: "disconnect", error: RESET });
+  await assert.rejects(pending, (error: Error) => code("ended")(error) && error.cause === RESET);
 });
 
 test("session: H that arrives with a reset of the commands is still the caller's", async () => {
@@ -946,35 +1079,76 @@ test("session: H that arrives with a reset of the commands is still the caller's
   await session.close();
 });
 
-test("session: what waits is bounded in characters, events and the unfinished line, and overflow comes after them", async () => {
-  const texts = [
-    "1,1\n".repeat(13),
-    "1,1\n".repeat(11) + "x".repeat(9),
-    "x".repeat(60),
-    "1,1\n".repeat(5) + "x".repeat(55) + "\n",
-  ];
-  for (const text of texts) {
-    for (const pieces of [1, 7, 1000]) {
-      await using host = wired({ maxBuffer: 50 });
-      for (let at = 0; at < text.length; at += pieces) {
-        host.writer.write(utf8(text.slice(at, at + pieces))).catch(() => {});
-      }
-      const ending = await host.session.closed;
-      assert.equal(ending.by, "error");
-      assert.ok(code("overflow")(ending.error));
-      let seen = 0;
-      await assert.rejects(async () => {
-        for await (const event of host.session) seen += event.type === "dtmf" ? 1 : 0;
-      }, code("overflow"));
-      assert.ok(seen <= text.split("\n").length - 1 && seen >= Math.min(12, text.split("1,1").length - 1), `${seen}`);
-    }
+test("session: a listener of the signal may close it, and the loop still has its events", async () => {
+  for (const last of ["H,2", "I,2,HANGUP", ""]) {
+    await using host = playHost();
+    const { session } = host;
+    const closed = new Promise<void>((resolve) =>
+      session.signal.addEventListener("abort", () => {
+        const closing = session.close();
+        assert.ok(closing instanceof Promise);
+        closing.then(resolve);
+      })
+    );
+    const events = all(session);
+    await pause();
+    if (last) host.say(last);
+    else host.end();
+    await closed;
+    assert.deepEqual(await events, last ? [parseEvent(last)] : []);
   }
-  for (
-    const options of [{ maxBuffer: 0 }, { maxBuffer: NaN }, { keepAlive: 0 }, { keepAlive: -5 }, { keepAlive: "5" }]
-  ) {
-    const streams = { readable: streamOf(), writable: new WritableStream() };
-    assert.throws(() => new Ivr(streams, options as SessionOptions), refuses(Object.keys(options)[0]!, "read"));
-    assert.ok(!streams.readable.locked && !streams.writable.locked);
+});
+
+/** Who says the last word and does not end the stream, what is said every 300 ms from there, and what came of it. */
+const LINGERING: [last: string, again: string, by: Ending["by"], events: string][] = [
+  ["H,1", "H,1", "caller", "hangup hangup hangup hangup"],
+  ["E,1", "E,1", "exit", "exit exit exit exit"],
+  ["H,1", "1,1", "caller", "hangup 1 1 1"],
+];
+
+test("session: a peer that says H or E and does not end the stream is left after a second", async () => {
+  for (const [last, again, by, expected] of LINGERING) {
+    await inTime(async (seconds) => {
+      await using host = playHost();
+      const events = all(host.session);
+      host.say(last);
+      const talking = setInterval(() => host.say(again), 300);
+      const pending = host.session.set({ A: "1" });
+      if (by === "exit") await host.session.exit();
+      assert.deepEqual(await host.session.closed, { by });
+      clearInterval(talking);
+      await assert.rejects(pending, code("ended"));
+      assertNear(seconds(), 1, 0.1);
+      assert.equal((await events).map(brief).join(" "), expected);
+    });
+  }
+});
+
+test("session: close ends in time, whatever the streams do", () =>
+  inTime(async (seconds) => {
+    const session = new Ivr(bare({}));
+    session.log("into the void");
+    await session.close();
+    assertNear(seconds(), 1, 0.1);
+  }));
+
+const broken = new Error("no such account");
+
+test("session: streams that throw at once, or give no promise, are closed as others are", async () => {
+  const ways: (() => Promise<void>)[] = [
+    () => Promise.resolve(),
+    () => Promise.reject(new Error("later")),
+    () => {
+      throw new Error("at once");
+    },
+    () => undefined as never,
+  ];
+  for (const close of ways) {
+    for (const cancel of ways) {
+      const streams = bare({ write: () => Promise.resolve(), close, cancel });
+      await new Ivr(streams).close();
+      await assert.rejects(answer(streams, () => Promise.reject(broken)), (error) => error === broken);
+    }
   }
 });
 
@@ -989,313 +1163,202 @@ test("session: a constructor that finds a stream locked keeps no lock of the oth
   }
 });
 
-test("session: streams that throw at once, or give no promise, are closed as others are", async () => {
-  const ways: ((() => Promise<void>) | (() => never))[] = [
-    () => Promise.resolve(),
-    () => Promise.reject(new Error("later")),
-    () => {
-      throw new Error("at once");
-    },
-    () => undefined as never,
-  ];
-  for (const close of ways) {
-    for (const cancel of ways) {
-      const streams = {
-        readable: { getReader: () => ({ read: () => new Promise<never>(() => {}), cancel, releaseLock: () => {} }) },
-        writable: { getWriter: () => ({ write: () => Promise.resolve(), close, abort: close }) },
-      };
-      await new Ivr(streams).close();
-      await assert.rejects(answer(streams, () => Promise.reject(broken)), (error) => error === broken);
-    }
-  }
-});
+// One call never stops another
 
-test("session: keys that wait while a gather plays, and other events behind them, cost each their own", async () => {
-  await using host = wired({ maxBuffer: 1e6 });
-  const { session } = host;
-  const seen: string[] = [];
-  const loop = (async () => {
-    for await (const event of session) seen.push(event.type);
+/** Asks again and again, whatever comes of it, while the event loop is to have ten turns for everybody else. */
+async function insist(again: () => Promise<unknown>): Promise<void> {
+  let turns = 0;
+  const others = (async () => {
+    for (; turns < 10; turns++) await pause();
   })();
-  const gathered = session.gather({ prompt: "a", bargeIn: false, maxDigits: 1 });
-  host.writer.write(utf8("1,1\n".repeat(50_000) + "Q,1\n".repeat(50_000))).catch(() => {});
-  host.say("F,1,a", "H,1");
-  host.end();
-  assert.deepEqual(await gathered, { digits: "1", reason: "maxDigits", outcomes: ["finished"] });
-  await loop;
-  const counted = Object.groupBy(seen, (type) => type);
-  assert.deepEqual([counted["dtmf"]?.length, counted["unknown"]?.length], [49_999, 50_000]);
-});
+  while (turns < 10) await again().catch(() => {});
+  await others;
+}
 
-test("session: keys that a gather leaves when the call ends are for the loop", async () => {
-  await using host = wired();
-  const events = all(host.session);
-  const gathered = host.session.gather({ prompt: "a", maxDigits: 1 });
-  host.say("1,1", "2,1", "H,1");
-  host.end();
-  assert.deepEqual(await gathered, { digits: "1", reason: "maxDigits", outcomes: ["ended"] });
-  const types = (await events).map((event) => event.type === "dtmf" ? event.digit : event.type);
-  assert.deepEqual(types.sort(), ["2", "hangup"]);
-});
-
-test("session: no message has a control character, whoever it came from", async () => {
-  await using host = wired();
-  const refused = host.session.answer();
-  const cut = host.session.get("A\x1bB");
-  host.say("Z,1,\x1b[31m\x07\u202e", `G,1,A\x1bB=${"x".repeat(2050)}`);
-  for (const [promise, reason] of [[refused, "refused"], [cut, "truncated"]] as const) {
-    await assert.rejects(promise, (error) => {
-      assert.doesNotMatch((error as Error).message, /[\p{Cc}\p{Cf}]/u);
-      return code(reason)(error);
-    });
+test("session: a call that goes on trying when it is over stops nobody else", async () => {
+  const more: typeof ANYTHING = [(ivr) => ivr.hangup(), (ivr) => ivr.exit(), (ivr) => ivr.play(""), (ivr) => all(ivr)];
+  for (const again of [...ANYTHING, ...more]) {
+    await using host = playHost();
+    host.say("H,1");
+    host.end();
+    await host.session.closed;
+    await insist(() => again(host.session));
   }
 });
 
-test("session: outcomes of one's own prompts never overflow a call that does not iterate, or left its loop", async () => {
-  for (const looped of [false, true]) {
-    await using host = wired({ maxBuffer: 500 });
-    const { session } = host;
-    if (looped) {
-      host.say("1,1");
-      for await (const _ of session) break;
+test("session: one that failed by itself, or that has nothing to send, stops nobody else either", async () => {
+  await using host = playHost({ maxBuffer: 10 });
+  host.write("x".repeat(100));
+  await host.session.closed;
+  await insist(() => all(host.session));
+  await insist(() => host.session.log(""));
+});
+
+test("session: one that gathers with a signal that was aborted before stops nobody else either", async () => {
+  await using host = playHost();
+  await insist(() => host.session.gather({ signal: AbortSignal.abort() }));
+});
+
+// What waits is bounded
+
+test("session: what waits is bounded, events and the unfinished line, and overflow comes after them", async () => {
+  const texts = [
+    "1,1\n".repeat(13),
+    "1,1\n".repeat(11) + "x".repeat(9),
+    "x".repeat(60),
+    "1,1\n".repeat(5) + "x".repeat(55) + "\n",
+  ];
+  for (const text of texts) {
+    for (const size of [1, 7, 1000]) {
+      await using host = playHost({ maxBuffer: 50 });
+      for (const chunk of cut(text, size)) host.write(chunk);
+      const { by, error } = await host.session.closed;
+      assert.equal(by, "error");
+      assert.ok(code("overflow")(error));
+      let seen = 0;
+      await assert.rejects(async () => {
+        for await (const event of host.session) seen += event.type === "dtmf" ? 1 : 0;
+      }, code("overflow"));
+      assert.ok(seen <= text.split("\n").length - 1 && seen >= Math.min(12, text.split("1,1").length - 1), `${seen}`);
     }
-    (async () => {
-      for (let line, file = ""; (line = await host.hears()) !== "(end)";) {
-        if (line.startsWith("A,")) file = line.slice(2);
-        else if (file === "nosuch") host.say("Z,1,nosuch", `G,1,${line.slice(2)}=`);
-        else host.say(`G,1,${line.slice(2)}=`, `F,1,${file}`);
-      }
-    })();
-    for (let i = 0; i < 200; i++) {
-      assert.equal(await session.queue(i % 3 ? "beep" : "nosuch"), i % 3 ? "finished" : "missing");
-      if (i === 100) host.say("5,1"); // what no promise told is kept
-    }
-    assert.deepEqual(await session.gather({ maxDigits: 1 }), { digits: "5", reason: "maxDigits", outcomes: [] });
+  }
+});
+
+test("session: limits that are no numbers from 1 are refused, and the streams stay free", () => {
+  for (const limit of [{ maxBuffer: 0 }, { maxBuffer: NaN }, { keepAlive: 0 }, { keepAlive: -5 }, { keepAlive: "5" }]) {
+    const streams = { readable: streamOf(), writable: new WritableStream() };
+    assert.throws(() => new Ivr(streams, limit as SessionOptions), refuses(Object.keys(limit)[0]!, "read"));
+    assert.ok(!streams.readable.locked && !streams.writable.locked);
   }
 });
 
 test("session: a consumer that keeps up never overflows, however fast the bytes come", async () => {
-  const host = wired({ maxBuffer: 100 });
-  const text = "1,1795372496\nF,1795372496,beep\n".repeat(50_000);
-  host.writer.write(utf8(text)).catch(() => {});
+  await using host = playHost({ maxBuffer: 100 });
+  host.write("1,1795372496\nF,1795372496,beep\n".repeat(50_000));
   host.end();
   let seen = 0;
   for await (const event of host.session) seen += event.type === "dtmf" || event.type === "finished" ? 1 : 0;
   assert.equal(seen, 100_000);
   assert.deepEqual(await host.session.closed, { by: "disconnect" });
-  await host.session.close();
-});
-
-test("session: log, hangup and exit take any text: log in lines that fit, the others what fits on one", () =>
-  forAll(60, async (random) => {
-    for (const end of ["hangup", "exit"] as const) {
-      const chunks: Uint8Array[] = [];
-      const ivr = new Ivr({
-        readable: new ReadableStream(),
-        writable: new WritableStream({ write: (chunk) => void chunks.push(chunk) }),
-      });
-      const text = random.text([...AWKWARD, "x".repeat(900), "é€𝄞".repeat(200)], 6);
-      ivr.log(text);
-      ivr[end](text);
-      await ivr.close();
-      const said = new TextDecoder().decode(Uint8Array.from(chunks.flatMap((chunk) => [...chunk]))).split("\n");
-      const letters = (text: string) => text.replace(/[\s\p{Cc}]+/gu, "").replace(/\p{Surrogate}/gu, "?");
-      const logged = said.filter((line) => line.startsWith("L,"));
-      const [last, ...more] = said.filter((line) => /^[HE],/.test(line));
-      for (const line of [...logged, last!]) {
-        assert.match(line, /^.,.*[^ ]$/);
-        assert.ok(utf8(line).length <= 1022);
-      }
-      assert.equal(letters(logged.map((line) => line.slice(2)).join("")), letters(text));
-      assert.deepEqual(more, []);
-      if (letters(text)) assert.ok(letters(text).startsWith(letters(last!.slice(2))), last);
-      else assert.equal(last!.slice(2), end);
-    }
-  }));
-
-test("session: what stands behind the last newline answers nothing, since it may be cut", async () => {
-  for (const rest of ["G,1,FOO=ba", "G,1,FOO", "Z,1", "F,1,a"]) {
-    await using host = wired();
-    const got = host.session.get("FOO");
-    const played = host.session.play("ab");
-    const gathered = host.session.gather();
-    host.writer.write(utf8(rest)).catch(() => {});
-    host.end();
-    await assert.rejects(got, code("ended"));
-    assert.equal(await played, "ended");
-    assert.deepEqual(await gathered, { digits: "", reason: "hangup", outcomes: [] });
-    assert.deepEqual(await all(host.session), [parseEvent(rest)]);
-  }
-});
-
-test("session: a listener of the signal may close it, and the loop still has its events", async () => {
-  for (const last of ["H,2", "I,2,HANGUP", ""]) {
-    const host = wired();
-    const { session } = host;
-    const closed = new Promise<void>((resolve) =>
-      session.signal.addEventListener("abort", () => {
-        const closing = session.close();
-        assert.ok(closing instanceof Promise);
-        closing.then(resolve);
-      })
-    );
-    const events = all(session);
-    await new Promise((resolve) => setTimeout(resolve));
-    if (last) host.say(last);
-    else host.end();
-    await closed;
-    assert.deepEqual(await events, last ? [parseEvent(last)] : []);
-  }
-});
-
-test("session: a forged reply answers no question that was not asked for", async () => {
-  await using host = wired();
-  const params = host.session.params();
-  host.say("G,1,=boo", "G,1,==boo", "G,1,boo", "P,1,ivr://x");
-  assert.deepEqual(await params, ["ivr://x"]);
-});
-
-test("session: a wait that nobody looks at is no unhandled rejection", async () => {
-  const host = wired({ maxBuffer: 50 });
-  host.session[Symbol.asyncIterator]().next();
-  host.writer.write(utf8("x".repeat(100))).catch(() => {});
-  assert.equal((await host.session.closed).by, "error");
-  await host.session.close();
 });
 
 test("session: a consumer that takes an event a turn keeps up as well", async () => {
-  const host = wired({ maxBuffer: 120 });
-  host.writer.write(utf8("F,1,x\n".repeat(300))).catch(() => {});
+  await using host = playHost({ maxBuffer: 120 });
+  host.write("F,1,x\n".repeat(300));
   host.end();
   let seen = 0;
   for await (const _ of host.session) {
     seen++;
-    await new Promise((resolve) => setTimeout(resolve));
+    await pause();
   }
   assert.equal(seen, 300);
-  await host.session.close();
 });
 
-test("session: close ends in time, whatever the streams do", async () => {
-  const call = dialStreams(async () => {
-    const session = new Ivr({
-      readable: {
-        getReader: () => ({
-          read: () => new Promise(() => {}),
-          cancel: () => new Promise(() => {}),
-          releaseLock: () => {},
-        }),
-      },
-      writable: {
-        getWriter: () => ({
-          write: () => new Promise(() => {}),
-          close: () => new Promise(() => {}),
-          abort: () => new Promise(() => {}),
-        }),
-      },
-    });
-    session.log("into the void");
-    await session.close();
-    assert.ok(call.host.at > 0.9 && call.host.at < 1.1);
-    call.host.hangUp();
-  });
-  await call.over();
+test("session: keys that wait while a gather plays, and other events behind them, cost each their own", async () => {
+  await using host = playHost({ maxBuffer: 1e6 });
+  const events = all(host.session);
+  const gathering = host.session.gather({ prompt: "a", bargeIn: false, maxDigits: 1 });
+  host.write("1,1\n".repeat(50_000) + "Q,1\n".repeat(50_000));
+  host.say("F,1,a", "H,1");
+  host.end();
+  assert.deepEqual(await gathering, collected("1", "maxDigits", "finished"));
+  const { dtmf, unknown } = Object.groupBy(await events, ({ type }) => type);
+  assert.deepEqual([dtmf?.length, unknown?.length], [49_999, 50_000]);
 });
 
-test("session: a peer that says H or E and does not end the stream is left after a second", async () => {
-  for (const [last, by] of [["H,1\n", "caller"], ["E,1\n", "exit"]] as const) {
-    const call = dialStreams(async () => {
-      let again: ReturnType<typeof setInterval>; // which does not put it off
-      const readable = new ReadableStream<Uint8Array>({
-        start(controller) {
-          controller.enqueue(utf8(last));
-          again = setInterval(() => controller.enqueue(utf8(last)), 300);
-        },
-        cancel: () => clearInterval(again),
-      });
-      const session = new Ivr({ readable, writable: new WritableStream() });
-      const pending = session.set({ A: "1" });
-      if (by === "exit") await session.exit();
-      assert.deepEqual(await session.closed, { by });
-      await assert.rejects(pending, code("ended"));
-      assert.ok(call.host.at > 0.9 && call.host.at < 1.1);
-      await session.close();
-      call.host.hangUp();
-    });
-    await call.over();
-    assert.equal(call.clock.pending, 0);
-  }
-});
-
-test("session: a peer that says H and goes on talking is left after the same second", async () => {
-  const call = dialStreams(async () => {
-    let talk!: ReadableStreamDefaultController<Uint8Array>;
-    const readable = new ReadableStream<Uint8Array>({ start: (controller) => void (talk = controller) });
-    const session = new Ivr({ readable, writable: new WritableStream() });
-    talk.enqueue(utf8("H,1\n"));
-    const talking = setInterval(() => talk.enqueue(utf8("1,1\n")), 300);
-    const events = all(session);
-    assert.deepEqual(await session.closed, { by: "caller" });
-    clearInterval(talking);
-    assert.ok(call.host.at > 0.9 && call.host.at < 1.1, `${call.host.at}`);
-    assert.deepEqual((await events).map(({ type }) => type), ["hangup", "dtmf", "dtmf", "dtmf"]);
-    await session.close();
-    call.host.hangUp();
-  });
-  await call.over();
-});
+// Whether the peer still lives
 
 test("keepAlive: a question goes out in a silence, and another silence ends the call", async () => {
   for (const answers of [0, 3]) {
-    const asked: number[] = [];
-    const call = dialStreams(async () => {
-      const began = call.host.at;
-      let left = answers;
-      let tell!: ReadableStreamDefaultController<Uint8Array>;
-      const ivr = new Ivr({
-        readable: new ReadableStream({ start: (controller) => void (tell = controller) }),
-        writable: new WritableStream({
-          write(chunk) {
-            const [, name] = /^G,(.+)$/m.exec(new TextDecoder().decode(chunk)) ?? [];
-            if (!name) return;
-            asked.push(Math.round(call.host.at - began));
-            if (left-- > 0) tell.enqueue(utf8(`G,1,${name}=\n`));
-          },
-        }),
-      }, { keepAlive: 10_000 });
-      assert.deepEqual(await ivr.closed, { by: "disconnect" });
-      assert.equal(Math.round(call.host.at - began), 10 * (answers + 2));
-      assert.deepEqual(await all(ivr), []); // what it asked is nobody's
-      await ivr.close();
-      call.host.hangUp();
+    await inTime(async (seconds) => {
+      await using host = playHost({ keepAlive: 10_000 });
+      const asked: number[] = [];
+      host.hearsAll((question) => {
+        asked.push(Math.round(seconds()));
+        return asked.length <= answers ? [unset(question)] : [];
+      });
+      assert.deepEqual(await host.session.closed, { by: "disconnect" });
+      assert.equal(Math.round(seconds()), 10 * (answers + 2));
+      assert.deepEqual(asked, [10, 20, 30, 40].slice(0, answers + 1));
+      assert.deepEqual(await all(host.session), []); // what it asked is nobody's
     });
-    await call.over();
-    assert.deepEqual(asked, [10, 20, 30, 40].slice(0, answers + 1));
-    assert.equal(call.clock.pending, 0);
   }
 });
 
-test("keepAlive: whoever speaks is not asked, and whoever answers lives", async () => {
-  const call = dialStreams(async (streams) => {
-    const { by } = await answer(streams, async (ivr) => {
-      assert.equal(await ivr.play("hour"), "finished");
-      await ivr.exit();
-    }, { keepAlive: 20_000 });
-    assert.equal(by, "exit");
-  }, { sounds: { hour: 3600 } });
-  const keys: CallerAction[] = Array.from({ length: 60 }, (_, i) => [i * 15, "press", "1"]);
-  call.plan(keys);
-  await call.wait(3550);
-  await call.over();
-  const questions = call.notes.filter(({ kind, text }) => kind === "command" && text === "G,EIVR_ALIVE");
-  assert.ok(questions.every(({ at }) => at > 59 * 15), "not while keys come");
-  assert.equal(questions.length, Math.floor((3600 - 59 * 15) / 20));
-  assert.doesNotMatch(call.transcript(), /EIVR_/);
+// Keys for whom they are
+
+test("gather: keys that it leaves reach the iterator, in order", async () => {
+  await using host = playHost();
+  const gathering = host.session.gather({ prompt: "a", bargeIn: false, maxDigits: 1 });
+  const events = host.session[Symbol.asyncIterator]();
+  const seen = [events.next(), events.next(), events.next()];
+  host.say("1,1", "2,1", "3,1", "F,1,a");
+  assert.deepEqual(await gathering, collected("1", "maxDigits", "finished"));
+  assert.deepEqual((await Promise.all(seen)).map(({ value }) => brief(value)), ["finished", "2", "3"]);
 });
 
-/** Why a handler stops, what the call does before, and what becomes of it: the ending, or what is thrown. */
-const broken = new Error("no such account");
-const HANDLERS: [string, (ivr: Ivr) => Promise<unknown>, string[], unknown][] = [
+test("gather: keys that it leaves when the call ends are for the loop", async () => {
+  await using host = playHost();
+  const events = all(host.session);
+  const gathering = host.session.gather({ prompt: "a", maxDigits: 1 });
+  host.say("1,1", "2,1", "H,1");
+  host.end();
+  assert.deepEqual(await gathering, collected("1", "maxDigits", "ended"));
+  assert.deepEqual((await events).map(brief).sort(), ["2", "hangup"]);
+});
+
+test("gather: one that was aborted before it began, or that could not begin, leaves the keys to the next", async () => {
+  await using host = playHost();
+  host.say("1,1", "2,1");
+  assert.deepEqual(await host.session.gather({ signal: AbortSignal.abort() }), collected("", "aborted"));
+  for (const options of [{ signal: {} as AbortSignal }, { timeout: "5" as unknown as number }]) {
+    await assert.rejects(host.session.gather(options));
+  }
+  assert.deepEqual(await host.session.gather({ maxDigits: 2 }), collected("12", "maxDigits"));
+});
+
+test("gather: a key behind the end of the prompts interrupts nothing", async () => {
+  await using host = playHost();
+  const gathering = host.session.gather({ prompt: "a", maxDigits: 1 });
+  assert.equal(await host.hears(), "A,a");
+  host.say(unset(await host.hears()), "F,1,a", "7,1");
+  assert.deepEqual(await gathering, collected("7", "maxDigits", "finished"));
+  host.session.log("next");
+  assert.equal(await host.hears(), "L,next");
+});
+
+test("gather: a prompt that nobody could open is over with the next command that clears the playlist", async () => {
+  for (const clear of ["interrupt", "play"] as const) {
+    await using host = playHost();
+    host.say("1,1");
+    await pause();
+    const gathering = host.session.gather({ prompt: "unopenable", bargeIn: false, maxDigits: 1 });
+    assert.equal(await host.hears(), "A,unopenable"); // which the key that waits does not skip
+    await host.acknowledges();
+    const cleared = host.session[clear]("next");
+    await host.hears();
+    await host.acknowledges();
+    if (clear === "interrupt") await cleared;
+    assert.deepEqual(await gathering, collected("1", "maxDigits", "skipped"));
+  }
+});
+
+// A handler's call
+
+/** What `fetch` does with a signal. */
+const aborted = (signal: AbortSignal) =>
+  new Promise<never>((_, reject) => signal.addEventListener("abort", () => reject(signal.reason)));
+
+const abortError = (cause: unknown) =>
+  new DOMException("The operation was aborted", { name: "AbortError", cause } as never);
+
+/** A handler, what Asterisk says meanwhile, and what becomes of the call: how it ended, or the error or its code. */
+const HANDLERS: [
+  name: string,
+  (ivr: Ivr) => Promise<unknown>,
+  says: string[],
+  Ending | { error: unknown } | IvrErrorCode,
+][] = [
   ["it exits", (ivr) => ivr.exit(), ["E,1"], { by: "exit" }],
   ["it returns", (ivr) => ivr.get("A"), ["G,1,A="], { by: "disconnect" }],
   ["a command is overtaken by the hangup", (ivr) => ivr.set({ A: "1" }), ["H,1"], { by: "caller" }],
@@ -1312,16 +1375,13 @@ const HANDLERS: [string, (ivr: Ivr) => Promise<unknown>, string[], unknown][] = 
   ["it waits with the signal", (ivr) => aborted(ivr.signal), ["H,1"], { by: "caller" }],
   [
     "what it waits with has its own error",
-    (ivr) =>
-      aborted(ivr.signal).catch((cause) => {
-        throw new DOMException("The operation was aborted", { name: "AbortError", cause } as never);
-      }),
+    (ivr) => aborted(ivr.signal).catch((cause) => Promise.reject(abortError(cause))),
     ["H,1"],
     { by: "caller" },
   ],
-  ["it throws", () => Promise.reject(broken), [], broken],
-  ["it throws after the hangup", (ivr) => ivr.closed.then(() => Promise.reject(broken)), ["H,1"], broken],
-  ["it throws nothing", () => Promise.reject(undefined), [], undefined],
+  ["it throws", () => Promise.reject(broken), [], { error: broken }],
+  ["it throws after the hangup", (ivr) => ivr.closed.then(() => Promise.reject(broken)), ["H,1"], { error: broken }],
+  ["it throws nothing", () => Promise.reject(undefined), [], { error: undefined }],
   ["another call's end is an error of this one", () => Promise.reject(new IvrError("ended", "not here")), [], "ended"],
   ["a value is wrong", (ivr) => ivr.play(""), [], "invalid"],
   ["Asterisk refuses", (ivr) => ivr.answer(), ["Z,1,ANSWER_FAILURE"], "refused"],
@@ -1329,11 +1389,7 @@ const HANDLERS: [string, (ivr: Ivr) => Promise<unknown>, string[], unknown][] = 
   ["too much waits, and it iterates", (ivr) => all(ivr), ["x".repeat(200)], "overflow"],
 ];
 
-/** What `fetch` does with a signal. */
-const aborted = (signal: AbortSignal) =>
-  new Promise((_, reject) => signal.addEventListener("abort", () => reject(signal.reason)));
-
-test("answer: holds a call to its end, whatever the handler does", async () => {
+test("answer: holds a call to its end and closes both streams, whatever the handler does", async () => {
   for (const [name, handler, says, expected] of HANDLERS) {
     const closed: string[] = [];
     let tell!: ReadableStreamDefaultController<Uint8Array>;
@@ -1350,133 +1406,48 @@ test("answer: holds a call to its end, whatever the handler does", async () => {
     const call = answer(streams, (ivr) => handler(ivr) as Promise<void>, { maxBuffer: 100 });
     for (const line of says) tell.enqueue(utf8(line + "\n"));
     if (/^[HE],/.test(says.at(-1) ?? "")) tell.close(), closed.push("readable");
-    const result = await call.catch((error) => ({ error }));
-    if (typeof expected === "string") {
-      assert.ok(code(expected as IvrErrorCode)((result as { error: unknown }).error), name);
-    } else {assert.deepEqual(
-        result,
-        expected === broken || expected === undefined ? { error: expected } : expected,
-        name,
-      );}
+    if (typeof expected === "string") await assert.rejects(call, code(expected), name);
+    else assert.deepEqual(await call.catch((error) => ({ error })), expected, name);
     assert.deepEqual(closed.sort(), ["readable", "writable"], name);
   }
+});
+
+test("answer: takes no call whose stream is locked", async () => {
   const streams = { readable: streamOf(), writable: new WritableStream() };
   streams.writable.getWriter();
   await assert.rejects(answer(streams, () => assert.fail()), TypeError);
 });
 
-test("gather: the hangup comes before the signal that tells of it, keys before an abort, and an end before a key", async () => {
-  const hungUp = dial(async (ivr) => {
-    assert.deepEqual(await ivr.gather({ signal: ivr.signal }), { digits: "1", reason: "hangup", outcomes: [] });
-  });
-  hungUp.plan([[0.1, "press", "1"], [1, "hangup"]]);
-  await hungUp.over();
-
-  const aborted = dial(async (ivr) => {
-    const stop = new AbortController();
-    setTimeout(() => stop.abort(), 1000);
-    assert.deepEqual(await ivr.gather({ prompt: "long", bargeIn: false, signal: stop.signal }), {
-      digits: "12",
-      reason: "aborted",
-      outcomes: ["interrupted"],
-    });
-    await ivr.exit();
-  }, { sounds: SOUNDS });
-  aborted.plan([[0.1, "press", "12"]]);
-  await aborted.over();
-
-  await using host = wired();
-  const gathered = host.session.gather({ prompt: "a", maxDigits: 1 });
-  assert.equal(await host.hears(), "A,a");
-  const ack = (await host.hears()).replace("G,", "G,1,") + "=";
-  host.say(ack, "F,1,a", "7,1");
-  assert.deepEqual(await gathered, { digits: "7", reason: "maxDigits", outcomes: ["finished"] });
-  host.session.log("next");
-  assert.equal(await host.hears(), "L,next"); // and no interrupt for a prompt that was over
-});
-
-test("gather: a prompt that nobody could open is over with the next command that clears the playlist", async () => {
-  for (const clear of ["interrupt", "play"] as const) {
-    await using host = wired();
-    const acknowledge = async () => host.say((await host.hears()).replace("G,", "G,1,") + "=");
-    const gathered = host.session.gather({ prompt: "unopenable", bargeIn: false, maxDigits: 1 });
-    assert.equal(await host.hears(), "A,unopenable");
-    await acknowledge();
-    host.say("1,1"); // waits, since the prompt is not to be interrupted
-    const cleared = host.session[clear]("next");
-    await host.hears();
-    await acknowledge();
-    if (clear === "interrupt") await cleared;
-    assert.deepEqual(await gathered, { digits: "1", reason: "maxDigits", outcomes: ["skipped"] });
-  }
-});
-
-test("gather: keys that it leaves reach the iterator, in order", async () => {
-  await using host = wired();
-  const gathered = host.session.gather({ prompt: "a", bargeIn: false, maxDigits: 1 });
-  const events = host.session[Symbol.asyncIterator]();
-  const seen = [events.next(), events.next(), events.next()];
-  host.say("1,1", "2,1", "3,1", "F,1,a");
-  assert.deepEqual(await gathered, { digits: "1", reason: "maxDigits", outcomes: ["finished"] });
-  const types = (await Promise.all(seen)).map(({ value }) => value?.type === "dtmf" ? value.digit : value?.type);
-  assert.deepEqual(types, ["finished", "2", "3"]);
-});
-
-test("gather: one that was aborted before it began, or that could not begin, leaves the keys to the next", async () => {
-  await using host = wired();
-  host.say("1,1", "2,1");
-  assert.deepEqual(await host.session.gather({ signal: AbortSignal.abort() }), {
-    digits: "",
-    reason: "aborted",
-    outcomes: [],
-  });
-  for (const options of [{ signal: {} as AbortSignal }, { timeout: "5" as unknown as number }]) {
-    await assert.rejects(host.session.gather(options));
-  }
-  assert.deepEqual(await host.session.gather({ maxDigits: 2 }), { digits: "12", reason: "maxDigits", outcomes: [] });
-});
-
 // ---------------------------------------------------------------------------------------------------------
 // 5. Session and stand-in, in virtual time
+//
+// Against an Asterisk that plays, waits and stalls as the real one does, commands come through at once, prompts and keys
+// take their time, and whatever goes wrong on the way ends the call and nothing else.
 // ---------------------------------------------------------------------------------------------------------
 
-const SOUNDS = { short: 0.5, medium: 2, long: 5, beep: 0.2 };
+// Commands come through
 
-/** Runs a handler to its end, and gives what it returned. */
-async function inCall<T>(
-  handler: (ivr: Ivr, call: Call) => Promise<T>,
-  options: Parameters<typeof dial>[1] = {},
-): Promise<T> {
-  let result: { value: T } | undefined;
-  const call: Call = dial(async (ivr) => result = { value: await handler(ivr, call) }, { sounds: SOUNDS, ...options });
-  await call.over();
-  assert.equal(call.clock.pending, 0, "no timer is left");
-  return result!.value;
-}
-
-test("burst: twenty commands at once are acknowledged within 50 ms", async () => {
-  await inCall(async (ivr, { host }) => {
+test("burst: twenty commands at once are acknowledged within 50 ms", () =>
+  inCall(async (ivr, { host }) => {
     const began = host.at;
     await Promise.all(Array.from({ length: 20 }, (_, i) => ivr.set({ [`V${i}`]: `${i}` })));
     assert.ok(host.at - began < 0.05, `${host.at - began} s`);
     assert.equal(Object.keys(host.variables).length, 20);
-  });
-});
+  }));
 
-test("burst: one command at a time takes little more than the millisecond to the wake-up", async () => {
-  await inCall(async (ivr, { host }) => {
+test("burst: one command at a time takes little more than the millisecond to the wake-up", () =>
+  inCall(async (ivr, { host }) => {
     const began = host.at;
     for (let i = 0; i < 100; i++) await ivr.set({ V: `${i}` });
     assert.ok((host.at - began) / 100 < 0.002, `${(host.at - began) * 10} ms each`);
-  });
-});
+  }));
 
 test("burst: a naive client waits for ever, and not on Asterisk 13", async () => {
   for (const [version, done] of [[22, 1], [15, 1], [13, 20]] as const) {
     const call = dialStreams(async ({ writable }) => {
       const writer = writable.getWriter();
       for (let i = 0; i < 20; i++) writer.write(utf8(`V,V${i}=1\n`));
-      await new Promise((resolve) => setTimeout(resolve, 60_000));
+      await pause(60_000);
       assert.equal(Object.keys(call.variables).length, done);
       await writer.close(); // which lets the backlog through
     }, { version });
@@ -1489,7 +1460,7 @@ test("burst: commands behind a D that blocks, sent with it or during it, follow 
   for (const wait of [0, 1, 100, 700, 1250]) {
     await inCall(async (ivr, { host }) => {
       const dtmf = ivr.sendDtmf("1234", { interval: 200, duration: 100 });
-      await new Promise((resolve) => setTimeout(resolve, wait));
+      await pause(wait);
       const sets = Array.from({ length: 5 }, (_, i) => ivr.set({ [`V${i}`]: "1" }));
       await dtmf;
       const end = host.at;
@@ -1507,7 +1478,7 @@ test("burst: any number of commands at any times gets through, in order", () =>
       const sent: Promise<unknown>[] = [];
       for (let i = 0; i < 60; i++) {
         sent.push((random.below(20) ? ivr.set({ LAST: `${i}` }) : ivr.sendDtmf("12")).then(() => done.push(i)));
-        if (random.below(3) === 0) await new Promise((resolve) => setTimeout(resolve, random.of([0, 1, 2, 5, 300])));
+        if (random.below(3) === 0) await pause(random.of([0, 1, 2, 5, 300]));
       }
       await Promise.all(sent);
       assert.deepEqual(done, done.toSorted((a, b) => a - b));
@@ -1515,360 +1486,50 @@ test("burst: any number of commands at any times gets through, in order", () =>
       assert.ok(host.variables["LAST"]);
     }, { version: random.of([22, 13]), faults: { chunk: 1 + random.below(20) } })));
 
-test("timers: none runs while nothing is awaited", async () => {
-  await inCall(async (ivr, { clock }) => {
+test("wake-ups: they come after a millisecond, then ever more slowly, and no faster than one a second", () =>
+  inTime(async (seconds) => {
+    const times: number[] = [];
+    const session = new Ivr({
+      readable: new ReadableStream(),
+      writable: new WritableStream({ write: () => void times.push(seconds() * 1000) }),
+    });
+    session.send({ type: "unknown", line: "half a line that is never finished" });
+    await pause(10_000);
+    const waits = times.slice(1).map((at, i) => Math.round(at - times[i]!));
+    assert.deepEqual(waits.slice(0, 12), [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000, 1000]);
+    await session.close();
+  }));
+
+test("timers: none runs while nothing is awaited", () =>
+  inCall(async (ivr, { clock }) => {
     assert.equal(clock.pending, 0);
     const set = ivr.set({ A: "1" });
     assert.ok(clock.pending > 0);
     await set;
     assert.equal(clock.pending, 0);
-  });
-});
+  }));
 
-test("wake-ups: ever more slowly, and no faster than one a second", async () => {
-  const times: number[] = [];
+test("keepAlive: whoever speaks is not asked, and whoever answers lives", async () => {
   const call = dialStreams(async (streams) => {
-    const ivr = new Ivr(streams);
-    ivr.send({ type: "unknown", line: "half a line that is never finished" });
-    await new Promise((resolve) => setTimeout(resolve, 10_000));
-    await ivr.close();
-  }, { faults: { readDelay: Infinity } });
-  const after = call.clock.after.bind(call.clock);
-  call.clock.after = (time, run) => (times.push(time / 1000), after(time, run));
-  await call.over().catch(() => {});
-  const wakes = times.filter((ms) => ms >= 1 && ms <= 1000);
-  assert.deepEqual(wakes.slice(0, 12), [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000, 1000]);
-});
-
-test("outcomes: what becomes of a prompt", async () => {
-  const outcomes = await inCall(async (ivr) => {
-    const first = [ivr.queue("short"), ivr.queue("short"), ivr.queue("broken"), ivr.queue("long"), ivr.queue("medium")];
-    const missing = await Promise.all([ivr.queue("nosuch"), ivr.play("nosuch")]);
-    assert.deepEqual(missing, ["missing", "missing"]);
-    assert.equal(await first[1], "finished");
-    await new Promise((resolve) => setTimeout(resolve, 100));
-    const last = ivr.play("medium");
-    const unheard = [ivr.queue("broken"), ivr.queue("short")];
-    const outcomes = [...await Promise.all(first), await last];
-    ivr.queue("long");
-    await ivr.exit();
-    return [...outcomes, ...await Promise.all(unheard)];
-  }, { unreadable: ["broken"] });
-  assert.deepEqual(outcomes, [
-    "finished",
-    "finished",
-    "skipped",
-    "interrupted",
-    "dropped",
-    "finished",
-    "ended",
-    "ended",
-  ]);
-});
-
-test("outcomes: two plays in quick succession", async () => {
-  const outcomes = await inCall((ivr) => Promise.all([ivr.play("long"), ivr.play("medium"), ivr.play("short")]));
-  assert.equal(outcomes[2], "finished");
-  for (const outcome of outcomes.slice(0, 2)) assert.match(outcome, /^(dropped|interrupted)$/);
-});
-
-test("outcomes: refused while the channel is not answered, until it is", async () => {
-  await inCall(async (ivr) => {
-    assert.equal(await ivr.play("short"), "refused");
-    assert.equal(await ivr.queue("short"), "refused");
-    await assert.rejects(ivr.interrupt(), code("refused"));
-    await assert.rejects(ivr.autoclear(true), code("refused"));
-    await assert.rejects(ivr.send({ type: "play", file: "short" }), code("refused"));
-    await ivr.set({ A: "1" });
-    assert.deepEqual(await ivr.get("A", "B"), { A: "1", B: "" });
-    assert.deepEqual(await ivr.gather({ prompt: "short", timeout: 100 }), {
-      digits: "",
-      reason: "timeout",
-      outcomes: ["refused"],
-    });
-    await ivr.answer();
-    assert.equal(await ivr.play("short"), "finished");
-    await ivr.answer();
-  }, { options: "n" });
-  await inCall(async (ivr) => {
-    await assert.rejects(ivr.answer(), /ANSWER_FAILURE/);
-    assert.equal(await ivr.play("short"), "refused");
-  }, { options: "n", answerable: false });
-});
-
-test("outcomes: an Asterisk before 1.8 names no file", async () => {
-  await inCall(async (ivr) => {
-    const prompts = [ivr.queue("long"), ivr.queue("medium")];
-    await new Promise((resolve) => setTimeout(resolve, 100));
-    const last = ivr.play("short");
-    assert.deepEqual(await Promise.all([...prompts, last]), ["interrupted", "dropped", "finished"]);
-    assert.equal(await ivr.play("nosuch"), "refused");
-  }, { version: 1.6 });
-});
-
-test("both styles: what settles a promise on its way reaches the iterator as well", async () => {
-  const seen = await inCall(async (ivr) => {
-    const events = all(ivr);
-    const queued = ivr.queue("long");
-    await ivr.play("nosuch");
-    await new Promise((resolve) => setTimeout(resolve, 100));
-    await ivr.play("short");
-    assert.equal(await queued, "interrupted");
-    await ivr.exit();
-    return (await events).map((event) =>
-      event.type === "unknown" ? event.line : formatEvent({ ...event, timestamp: 1 }).slice(0, 1)
-    );
-  });
-  assert.deepEqual(seen, ["Z", "T", "F", "E"]);
-});
-
-/** What is gathered: the options, what the caller does (seconds from the call's begin), and what comes of it when. */
-const GATHERS: [string, GatherOptions, CallerAction[], Gathered, number][] = [
-  ["nothing", {}, [], { digits: "", reason: "timeout", outcomes: [] }, 5],
-  [
-    "time to the first key",
-    { timeout: 2000 },
-    [[1.7, "press", "1"]],
-    { digits: "1", reason: "timeout", outcomes: [] },
-    3.9,
-  ],
-  ["time between keys", { interDigitTimeout: 1000 }, [[0.8, "press", "12"]], {
-    digits: "12",
-    reason: "timeout",
-    outcomes: [],
-  }, 2.25],
-  [
-    "so many digits",
-    { maxDigits: 3 },
-    [[0.8, "press", "1234"]],
-    { digits: "123", reason: "maxDigits", outcomes: [] },
-    1.5,
-  ],
-  [
-    "a terminator",
-    {},
-    [[0.8, "press", "12#"]],
-    { digits: "12", reason: "terminator", terminator: "#", outcomes: [] },
-    1.5,
-  ],
-  [
-    "a terminator alone",
-    {},
-    [[0.8, "press", "#"]],
-    { digits: "", reason: "terminator", terminator: "#", outcomes: [] },
-    1,
-  ],
-  ["other terminators", { terminators: "*D" }, [[0.8, "press", "1#D"]], {
-    digits: "1#",
-    reason: "terminator",
-    terminator: "D",
-    outcomes: [],
-  }, 1.5],
-  [
-    "no terminator",
-    { terminators: "", maxDigits: 2 },
-    [[0.8, "press", "#*"]],
-    { digits: "#*", reason: "maxDigits", outcomes: [] },
-    1.25,
-  ],
-  ["the hangup", {}, [[0.8, "press", "1"], [1.5, "hangup"]], { digits: "1", reason: "hangup", outcomes: [] }, 1.5],
-  ["the clock starts behind the prompts", { prompt: ["medium", "short"], timeout: 1000 }, [], {
-    digits: "",
-    reason: "timeout",
-    outcomes: ["finished", "finished"],
-  }, 3.5],
-  ["barge-in", { prompt: ["medium", "long"], maxDigits: 1 }, [[0.8, "press", "7"]], {
-    digits: "7",
-    reason: "maxDigits",
-    outcomes: ["interrupted", "dropped"],
-  }, 1],
-  ["barge-in, and time between keys", { prompt: "long", timeout: 700 }, [[0.8, "press", "7"]], {
-    digits: "7",
-    reason: "timeout",
-    outcomes: ["interrupted"],
-  }, 1.7],
-  ["barge-in with a terminator", { prompt: "long" }, [[0.8, "press", "#"]], {
-    digits: "",
-    reason: "terminator",
-    terminator: "#",
-    outcomes: ["interrupted"],
-  }, 1],
-  [
-    "no barge-in: keys wait for the end of the prompts",
-    { prompt: "medium", bargeIn: false, maxDigits: 2 },
-    [[0.3, "press", "123"]],
-    { digits: "12", reason: "maxDigits", outcomes: ["finished"] },
-    2,
-  ],
-  ["no barge-in: time runs from there", { prompt: "medium", bargeIn: false, timeout: 1000 }, [[0.3, "press", "1"]], {
-    digits: "1",
-    reason: "timeout",
-    outcomes: ["finished"],
-  }, 3],
-  [
-    "no barge-in: a hangup gives the keys all the same",
-    { prompt: "long", bargeIn: false },
-    [[0.3, "press", "12"], [2, "hangup"]],
-    { digits: "12", reason: "hangup", outcomes: ["ended"] },
-    2,
-  ],
-  [
-    "a prompt that does not exist is over",
-    { prompt: "nosuch", timeout: 1000 },
-    [],
-    { digits: "", reason: "timeout", outcomes: ["missing"] },
-    1,
-  ],
-  ["no time at all", { timeout: 0 }, [], { digits: "", reason: "timeout", outcomes: [] }, 0],
-  ["all the time", { timeout: Infinity }, [[3000, "hangup"]], { digits: "", reason: "hangup", outcomes: [] }, 3000],
-];
-
-test("gather: options, keys and times", async () => {
-  for (const [name, options, caller, expected, at] of GATHERS) {
-    const call = dial(async (ivr) => {
-      assert.deepEqual(await ivr.gather(options), expected, name);
-      assert.ok(Math.abs(call.host.at - at) < 0.06, `${name}: at ${call.host.at}, not ${at}`);
-      if (!ivr.signal.aborted) await ivr.exit();
-    }, { sounds: SOUNDS });
-    call.plan(caller);
-    await call.over();
-    assert.equal(call.clock.pending, 0, name);
-  }
-});
-
-test("gather: keys pressed early are taken, skip the prompts, and past the end stay", async () => {
-  const call = dial(async (ivr) => {
-    await ivr.play("medium");
-    assert.deepEqual(await ivr.gather({ prompt: "long", maxDigits: 2 }), {
-      digits: "12",
-      reason: "maxDigits",
-      outcomes: [],
-    });
-    assert.deepEqual(await ivr.gather({ prompt: "long" }), {
-      digits: "3",
-      reason: "terminator",
-      terminator: "#",
-      outcomes: [],
-    });
-    const iterator = ivr[Symbol.asyncIterator]();
-    assert.deepEqual((await iterator.next()).value, { type: "dtmf", timestamp, digit: "4" });
-    assert.equal((await iterator.next()).value!.type, "finished");
-    await ivr.exit();
-  }, { sounds: SOUNDS, epoch: timestamp - 1 });
-  call.plan([[0.1, "press", "123#4"]]);
-  await call.over();
-  assert.deepEqual(call.heard, ["medium"]);
-});
-
-test("gather: a last prompt that nobody could open stops the clock no longer than promptTimeout", async () => {
-  for (const [promptTimeout, at] of [[undefined, 305], [20_000, 25]] as const) {
-    const call = dial(async (ivr) => {
-      assert.deepEqual(await ivr.gather({ prompt: ["short", "broken"], promptTimeout }), {
-        digits: "",
-        reason: "timeout",
-        outcomes: ["finished", "skipped"],
-      });
-      assert.equal(Math.round(call.host.at), at);
+    const { by } = await answer(streams, async (ivr) => {
+      assert.equal(await ivr.play("hour"), "finished");
       await ivr.exit();
-    }, { sounds: SOUNDS, unreadable: ["broken"] });
-    await call.over();
-  }
-});
-
-test("gather: flush throws early keys away, and plays", async () => {
-  const call = dial(async (ivr) => {
-    await ivr.play("short");
-    assert.deepEqual(await ivr.gather({ prompt: "short", flush: true, timeout: 1000 }), {
-      digits: "",
-      reason: "timeout",
-      outcomes: ["finished"],
-    });
-    await ivr.exit();
-  }, { sounds: SOUNDS });
-  call.plan([[0.1, "press", "1"]]);
+    }, { keepAlive: 20_000 });
+    assert.equal(by, "exit");
+  }, { sounds: { hour: 3600 } });
+  call.plan(Array.from({ length: 60 }, (_, i) => [i * 15, "press", "1"]));
+  await call.wait(3550);
   await call.over();
-  assert.deepEqual(call.heard, ["short", "short"]);
+  const questions = call.notes.filter(({ kind, text }) => kind === "command" && text === "G,EIVR_ALIVE");
+  assert.ok(questions.every(({ at }) => at > 59 * 15), "not while keys come");
+  assert.equal(questions.length, Math.floor((3600 - 59 * 15) / 20));
+  assert.equal(call.clock.pending, 0);
+  assert.doesNotMatch(call.transcript(), /EIVR_/);
 });
 
-test("gather: while it is under way keys are its own, and other events the iterator's, in order", async () => {
-  const call = dial(async (ivr) => {
-    const events = all(ivr);
-    assert.equal((await ivr.gather({ prompt: ["short", "short"], maxDigits: 2, timeout: 9000 })).digits, "12");
-    await new Promise((resolve) => setTimeout(resolve, 1000));
-    await ivr.exit();
-    assert.deepEqual((await events).map(({ type }) => type), ["finished", "finished", "dtmf", "exit"]);
-  }, { sounds: SOUNDS });
-  call.plan([[2, "press", "123"]]);
-  await call.over();
-});
+// Variables
 
-test("gather: ends when its signal aborts, with the prompts, and only one at a time", async () => {
-  const call = dial(async (ivr) => {
-    const stop = new AbortController();
-    const gathered = ivr.gather({ prompt: "long", signal: stop.signal });
-    await assert.rejects(ivr.gather(), code("invalid"));
-    await new Promise((resolve) => setTimeout(resolve, 100));
-    stop.abort();
-    assert.deepEqual(await gathered, { digits: "", reason: "aborted", outcomes: ["interrupted"] });
-    assert.deepEqual(await ivr.gather({ prompt: "long", signal: stop.signal }), {
-      digits: "",
-      reason: "aborted",
-      outcomes: [],
-    });
-    assert.deepEqual(await ivr.gather({ signal: AbortSignal.any([]), timeout: 50 }), {
-      digits: "",
-      reason: "timeout",
-      outcomes: [],
-    });
-    assert.equal(call.host.playing, undefined);
-    await ivr.exit();
-  }, { sounds: SOUNDS });
-  await call.over();
-  assert.deepEqual(call.heard, ["long"]);
-});
-
-test("gather: with the option i a hangup ends it, and the call goes on until we end it", async () => {
-  for (const end of ["hangup", "exit"] as const) {
-    const call = dial(async (ivr) => {
-      const prompt = ivr.queue("long");
-      assert.deepEqual(await ivr.gather(), { digits: "1", reason: "hangup", outcomes: [] });
-      assert.ok(ivr.signal.aborted);
-      await assert.rejects(ivr.gather({ prompt: "short" }), code("ended"));
-      assert.equal(await ivr.play("short"), "refused");
-      await ivr.set({ STILL: "here" });
-      await ivr[end]();
-      assert.deepEqual(await ivr.closed, { by: end });
-      assert.equal(await prompt, "ended");
-    }, { sounds: SOUNDS, options: "i" });
-    call.plan([[0.5, "press", "1"], [1, "hangup"]]);
-    assert.equal(await call.over(), "hungup"); // also after an exit: the dialplan of who is gone does not go on
-    assert.equal(call.variables["STILL"], "here");
-  }
-});
-
-test("dead: with the option d nothing plays and variables still work", async () => {
-  await inCall(async (ivr) => {
-    assert.equal(await ivr.play("short"), "refused");
-    await ivr.set({ A: "1" });
-    await ivr.sendDtmf("1");
-    assert.deepEqual(await ivr.get("A"), { A: "1" });
-    await ivr.exit();
-  }, { options: "d" });
-});
-
-test("autoclear: a key interrupts and clears the playlist by itself", async () => {
-  const call = dial(async (ivr) => {
-    await ivr.autoclear(true);
-    assert.deepEqual(await Promise.all([ivr.queue("long"), ivr.queue("medium")]), ["interrupted", "dropped"]);
-    await ivr.autoclear(false);
-    assert.equal(await ivr.queue("medium"), "finished");
-    await ivr.exit();
-  }, { sounds: SOUNDS });
-  call.plan([[0.5, "press", "1"], [1.5, "press", "2"]]);
-  await call.over();
-});
-
-test("get: whatever the values hold", () =>
+test("get: values come back whole, whatever they hold", () =>
   forAll(30, (random) => {
     const names = ["A", "B", "LONG_NAME", "C"];
     const value = () => random.text(["A=", ",B=", ",", "=", "x", " ", "é", "C=,A=", "EIVR_ACK_1="], 8);
@@ -1879,20 +1540,303 @@ test("get: whatever the values hold", () =>
     }, { variables, args: ["one", "two three"], faults: { chunk: () => 1 + random.below(30) } });
   }));
 
-test("get: globals behind variables, no functions, and nothing longer than the reply", async () => {
-  await inCall(async (ivr) => {
+test("get: a variable is before a global of its name, and a function is no variable", () =>
+  inCall(async (ivr) => {
     await ivr.set({ A: "channel", "CALLERID(name)": "Bob", __INHERITED: "1" });
-    assert.deepEqual(await ivr.get("A", "B", "CALLERID(name)", "INHERITED"), {
-      A: "channel",
-      B: "global",
-      "CALLERID(name)": "",
-      INHERITED: "1",
-    });
+    const values = { A: "channel", B: "global", "CALLERID(name)": "", INHERITED: "1" };
+    assert.deepEqual(await ivr.get("A", "B", "CALLERID(name)", "INHERITED"), values);
+  }, { globals: { A: "global", B: "global" } }));
+
+test("get: what is longer than the reply can be is truncated", () =>
+  inCall(async (ivr) => {
     await assert.rejects(ivr.get("LONG"), code("truncated"));
-  }, { variables: { LONG: "x".repeat(3000) }, globals: { A: "global", B: "global" } });
+  }, { variables: { LONG: "x".repeat(3000) } }));
+
+// What becomes of a prompt
+
+test("outcomes: files finish one by one; what clears the playlist interrupts one and drops the rest", () =>
+  inCall(async (ivr) => {
+    const queued = [ivr.queue("short"), ivr.queue("short"), ivr.queue("long"), ivr.queue("medium")];
+    assert.equal(await queued[1], "finished");
+    await pause(100);
+    assert.equal(await ivr.play("medium"), "finished");
+    assert.deepEqual(await Promise.all(queued), ["finished", "finished", "interrupted", "dropped"]);
+  }));
+
+test("outcomes: a file that could not be opened is skipped, as whatever follows it tells", () =>
+  inCall(async (ivr) => {
+    const queued = [ivr.queue("short"), ivr.queue("broken"), ivr.queue("long"), ivr.queue("medium")];
+    assert.equal(await queued[0], "finished");
+    await pause(100);
+    assert.equal(await ivr.play("medium"), "finished");
+    assert.deepEqual(await Promise.all(queued), ["finished", "skipped", "interrupted", "dropped"]);
+  }, { unreadable: ["broken"] }));
+
+test("outcomes: a file that does not exist is missing, whatever plays", () =>
+  inCall(async (ivr) => {
+    const queued = ivr.queue("short");
+    assert.deepEqual(await Promise.all([ivr.queue("nosuch"), ivr.play("nosuch")]), ["missing", "missing"]);
+    assert.equal(await queued, "finished");
+  }));
+
+test("outcomes: what our own exit overtakes is ended", () =>
+  inCall(async (ivr) => {
+    const last = ivr.play("medium");
+    const unheard = [ivr.queue("broken"), ivr.queue("short")];
+    assert.equal(await last, "finished");
+    ivr.queue("long");
+    await ivr.exit();
+    assert.deepEqual(await Promise.all(unheard), ["ended", "ended"]);
+  }, { unreadable: ["broken"] }));
+
+test("outcomes: of plays in quick succession the last is heard", () =>
+  inCall(async (ivr) => {
+    const outcomes = await Promise.all([ivr.play("long"), ivr.play("medium"), ivr.play("short")]);
+    assert.equal(outcomes[2], "finished");
+    for (const outcome of outcomes.slice(0, 2)) assert.match(outcome, /^(dropped|interrupted)$/);
+  }));
+
+test("outcomes: while the channel is not answered what plays is refused, and variables are not", () =>
+  inCall(async (ivr) => {
+    assert.equal(await ivr.play("short"), "refused");
+    assert.equal(await ivr.queue("short"), "refused");
+    await assert.rejects(ivr.interrupt(), code("refused"));
+    await assert.rejects(ivr.autoclear(true), code("refused"));
+    await assert.rejects(ivr.send({ type: "play", file: "short" }), code("refused"));
+    await ivr.set({ A: "1" });
+    assert.deepEqual(await ivr.get("A", "B"), { A: "1", B: "" });
+    assert.deepEqual(await ivr.gather({ prompt: "short", timeout: 100 }), collected("", "timeout", "refused"));
+  }, { options: "n" }));
+
+test("outcomes: once the channel is answered it plays, and may be answered again", () =>
+  inCall(async (ivr) => {
+    assert.equal(await ivr.play("short"), "refused");
+    await ivr.answer();
+    assert.equal(await ivr.play("short"), "finished");
+    await ivr.answer();
+  }, { options: "n" }));
+
+test("outcomes: a channel that cannot be answered says so, and refuses what plays", () =>
+  inCall(async (ivr) => {
+    await assert.rejects(ivr.answer(), /ANSWER_FAILURE/);
+    assert.equal(await ivr.play("short"), "refused");
+  }, { options: "n", answerable: false }));
+
+test("outcomes: with the option d, on a dead channel, nothing plays and variables still work", () =>
+  inCall(async (ivr) => {
+    assert.equal(await ivr.play("short"), "refused");
+    await ivr.set({ A: "1" });
+    await ivr.sendDtmf("1");
+    assert.deepEqual(await ivr.get("A"), { A: "1" });
+    await ivr.exit();
+  }, { options: "d" }));
+
+test("outcomes: an Asterisk before 1.8 names no file, neither one that plays nor one that is missing", () =>
+  inCall(async (ivr) => {
+    const prompts = [ivr.queue("long"), ivr.queue("medium")];
+    await pause(100);
+    const last = ivr.play("short");
+    assert.deepEqual(await Promise.all([...prompts, last]), ["interrupted", "dropped", "finished"]);
+    assert.equal(await ivr.play("nosuch"), "refused");
+  }, { version: 1.6 }));
+
+test("outcomes: what settles a promise on its way reaches the iterator as well", () =>
+  inCall(async (ivr) => {
+    const events = all(ivr);
+    const queued = ivr.queue("long");
+    await ivr.play("nosuch");
+    await pause(100);
+    await ivr.play("short");
+    assert.equal(await queued, "interrupted");
+    await ivr.exit();
+    assert.deepEqual((await events).map(brief), ["failed", "interrupted", "finished", "exit"]);
+  }));
+
+test("autoclear: a key interrupts and clears the playlist by itself", () =>
+  inCall(async (ivr) => {
+    await ivr.autoclear(true);
+    assert.deepEqual(await Promise.all([ivr.queue("long"), ivr.queue("medium")]), ["interrupted", "dropped"]);
+    await ivr.autoclear(false);
+    assert.equal(await ivr.queue("medium"), "finished");
+    await ivr.exit();
+  }, { caller: [[0.5, "press", "1"], [1.5, "press", "2"]] }));
+
+// What is gathered
+
+const presses = (keys: string, at = 0.8): CallerAction => [at, "press", keys];
+
+/** Options, what the caller does (seconds from the call's begin), and what comes of it when. */
+const GATHERS: [name: string, GatherOptions, CallerAction[], Gathered, at: number][] = [
+  ["nothing", {}, [], collected("", "timeout"), 5],
+  ["time to the first key", { timeout: 2000 }, [presses("1", 1.7)], collected("1", "timeout"), 3.9],
+  ["time between keys", { interDigitTimeout: 1000 }, [presses("12")], collected("12", "timeout"), 2.25],
+  ["so many digits", { maxDigits: 3 }, [presses("1234")], collected("123", "maxDigits"), 1.5],
+  ["a terminator", {}, [presses("12#")], collected("12", "#"), 1.5],
+  ["a terminator alone", {}, [presses("#")], collected("", "#"), 1],
+  ["other terminators", { terminators: "*D" }, [presses("1#D")], collected("1#", "D"), 1.5],
+  ["no terminator", { terminators: "", maxDigits: 2 }, [presses("#*")], collected("#*", "maxDigits"), 1.25],
+  ["no time at all", { timeout: 0 }, [], collected("", "timeout"), 0],
+  ["all the time", { timeout: Infinity }, [[3000, "hangup"]], collected("", "hangup"), 3000],
+  ["the hangup", {}, [presses("1"), [1.5, "hangup"]], collected("1", "hangup"), 1.5],
+  [
+    "the clock starts behind the prompts",
+    { prompt: ["medium", "short"], timeout: 1000 },
+    [],
+    collected("", "timeout", "finished", "finished"),
+    3.5,
+  ],
+  ["no such prompt", { prompt: "nosuch", timeout: 1000 }, [], collected("", "timeout", "missing"), 1],
+  [
+    "barge-in",
+    { prompt: ["medium", "long"], maxDigits: 1 },
+    [presses("7")],
+    collected("7", "maxDigits", "interrupted", "dropped"),
+    1,
+  ],
+  [
+    "barge-in, and time between keys",
+    { prompt: "long", timeout: 700 },
+    [presses("7")],
+    collected("7", "timeout", "interrupted"),
+    1.7,
+  ],
+  ["barge-in with a terminator", { prompt: "long" }, [presses("#")], collected("", "#", "interrupted"), 1],
+  [
+    "no barge-in: keys wait for the end of the prompts",
+    { prompt: "medium", bargeIn: false, maxDigits: 2 },
+    [presses("123", 0.3)],
+    collected("12", "maxDigits", "finished"),
+    2,
+  ],
+  [
+    "no barge-in: time runs from there",
+    { prompt: "medium", bargeIn: false, timeout: 1000 },
+    [presses("1", 0.3)],
+    collected("1", "timeout", "finished"),
+    3,
+  ],
+  [
+    "no barge-in: a hangup gives the keys all the same",
+    { prompt: "long", bargeIn: false },
+    [presses("12", 0.3), [1.5, "hangup"]],
+    collected("12", "hangup", "ended"),
+    1.5,
+  ],
+];
+
+test("gather: collects keys as its options say, and for so long", async () => {
+  for (const [name, options, caller, expected, at] of GATHERS) {
+    await inCall(async (ivr, { host }) => {
+      assert.deepEqual(await ivr.gather(options), expected, name);
+      assertNear(host.at, at, 0.06, name);
+      if (!ivr.signal.aborted) await ivr.exit();
+    }, { caller });
+  }
 });
 
-test("close: what was sent before still goes out, and a peer that does not read holds nobody up", async () => {
+test("gather: keys pressed early are taken, skip the prompts, and past the end stay", () =>
+  inCall(async (ivr, call) => {
+    await ivr.play("medium");
+    assert.deepEqual(await ivr.gather({ prompt: "long", maxDigits: 2 }), collected("12", "maxDigits"));
+    assert.deepEqual(await ivr.gather({ prompt: "long" }), collected("3", "#"));
+    assert.deepEqual(await next(ivr), { type: "dtmf", timestamp, digit: "4" });
+    assert.equal(brief(await next(ivr)), "finished");
+    await ivr.exit();
+    assert.deepEqual(call.heard, ["medium"]);
+  }, { epoch: timestamp - 1, caller: [[0.1, "press", "123#4"]] }));
+
+test("gather: flush throws early keys away, and plays", () =>
+  inCall(async (ivr, call) => {
+    await ivr.play("short");
+    const options = { prompt: "short", flush: true, timeout: 1000 };
+    assert.deepEqual(await ivr.gather(options), collected("", "timeout", "finished"));
+    await ivr.exit();
+    assert.deepEqual(call.heard, ["short", "short"]);
+  }, { caller: [[0, "press", "12"]] }));
+
+test("gather: while it is under way keys are its own, and other events the iterator's, in order", () =>
+  inCall(async (ivr) => {
+    const events = all(ivr);
+    assert.equal((await ivr.gather({ prompt: ["short", "short"], maxDigits: 2, timeout: 9000 })).digits, "12");
+    await pause(1000);
+    await ivr.exit();
+    assert.deepEqual((await events).map(brief), ["finished", "finished", "3", "exit"]);
+  }, { caller: [[2, "press", "123"]] }));
+
+test("gather: a last prompt that nobody could open stops the clock no longer than promptTimeout", async () => {
+  for (const [promptTimeout, at] of [[undefined, 305], [20_000, 25]] as const) {
+    await inCall(async (ivr, { host }) => {
+      const gathered = await ivr.gather({ prompt: ["short", "broken"], promptTimeout });
+      assert.deepEqual(gathered, collected("", "timeout", "finished", "skipped"));
+      assert.equal(Math.round(host.at), at);
+      await ivr.exit();
+    }, { unreadable: ["broken"] });
+  }
+});
+
+test("gather: only one is under way at a time", () =>
+  inCall(async (ivr) => {
+    const first = ivr.gather({ timeout: 100 });
+    await assert.rejects(ivr.gather(), code("invalid"));
+    assert.deepEqual(await first, collected("", "timeout"));
+    assert.deepEqual(await ivr.gather({ timeout: 50 }), collected("", "timeout"));
+  }));
+
+test("gather: ends when its signal aborts, with the prompts", () =>
+  inCall(async (ivr, { host }) => {
+    const stop = new AbortController();
+    const gathering = ivr.gather({ prompt: "long", signal: stop.signal });
+    await pause(100);
+    stop.abort();
+    assert.deepEqual(await gathering, collected("", "aborted", "interrupted"));
+    await pause(50);
+    assert.equal(host.playing, undefined);
+    await ivr.exit();
+  }));
+
+test("gather: plays nothing when its signal was aborted before, and takes its time when it never is", () =>
+  inCall(async (ivr, call) => {
+    assert.deepEqual(await ivr.gather({ prompt: "long", signal: AbortSignal.abort() }), collected("", "aborted"));
+    assert.deepEqual(await ivr.gather({ signal: AbortSignal.any([]), timeout: 50 }), collected("", "timeout"));
+    await ivr.exit();
+    assert.deepEqual(call.heard, []);
+  }));
+
+test("gather: gives the keys that came before its signal aborted", () =>
+  inCall(async (ivr) => {
+    const stop = new AbortController();
+    setTimeout(() => stop.abort(), 1000);
+    const gathered = await ivr.gather({ prompt: "long", bargeIn: false, signal: stop.signal });
+    assert.deepEqual(gathered, collected("12", "aborted", "interrupted"));
+    await ivr.exit();
+  }, { caller: [[0.1, "press", "12"]] }));
+
+test("gather: a hangup is told as one, also where the session's own signal tells of it", () =>
+  inCall(async (ivr) => {
+    assert.deepEqual(await ivr.gather({ signal: ivr.signal }), collected("1", "hangup"));
+  }, { caller: [[0.1, "press", "1"], [1, "hangup"]] }));
+
+test("gather: with the option i a hangup ends it, and the call goes on until we end it", async () => {
+  for (const end of ["hangup", "exit"] as const) {
+    await inCall(async (ivr, { host }) => {
+      const prompt = ivr.queue("long");
+      assert.deepEqual(await ivr.gather(), collected("1", "hangup"));
+      assert.ok(ivr.signal.aborted);
+      await assert.rejects(ivr.gather({ prompt: "short" }), code("ended"));
+      assert.equal(await ivr.play("short"), "refused");
+      await ivr.set({ STILL: "here" });
+      await ivr[end]();
+      assert.deepEqual(await ivr.closed, { by: end });
+      assert.equal(await prompt, "ended");
+      assert.equal(await host.left, "hungup"); // also after an exit: the dialplan of who is gone does not go on
+      assert.equal(host.variables["STILL"], "here");
+    }, { options: "i", caller: [[0.5, "press", "1"], [1, "hangup"]] });
+  }
+});
+
+// What goes wrong on the way
+
+test("close: what was sent before still goes out, to a peer that reads slowly, too", async () => {
   for (const readDelay of [0, 0.3]) {
     const call = dialStreams(async (streams) => {
       const ivr = new Ivr(streams);
@@ -1902,10 +1846,13 @@ test("close: what was sent before still goes out, and a peer that does not read 
     await call.over();
     assert.equal(Object.keys(call.variables).length, 5);
   }
+});
+
+test("close: a peer that does not read holds nobody up", async () => {
   const call = dialStreams(async (streams) => {
     const ivr = new Ivr(streams);
     const pending = ivr.set({ A: "1" });
-    await new Promise((resolve) => setTimeout(resolve, 5000));
+    await pause(5000);
     await ivr.close();
     await assert.rejects(pending, code("ended"));
     assert.ok(call.host.at < 6.1);
@@ -1915,31 +1862,22 @@ test("close: what was sent before still goes out, and a peer that does not read 
   await call.over();
 });
 
-test("faults: a connection that is reset or ends at every byte, in chunks of any size", () => {
+test("faults: a connection may be reset or end at any byte, in chunks of any size, and the call just ends", () => {
   let at = 0;
   return forAll(600, async (random) => {
-    const reset = at % 2 === 0;
-    const byte = at++ >> 1;
+    const byte = at >> 1;
+    const fault = at++ % 2 ? { endAfter: byte } : { resetAfter: byte };
     const call = dialStreams(async (streams) => {
       const ivr = new Ivr(streams);
       const events = all(ivr).catch((error) => error);
-      const pending = [
-        ivr.play("long"),
-        ivr.get("A", "B"),
-        ivr.params(),
-        ivr.gather({ prompt: "short" }),
-        ivr.set({ X: "1" }),
-      ];
-      await Promise.allSettled(pending);
+      const pending = [ivr.play("long"), ivr.get("A", "B"), ivr.params(), ivr.gather({ prompt: "short" })];
+      await Promise.allSettled([...pending, ivr.set({ X: "1" })]);
       if (!ivr.signal.aborted) await ivr.exit();
       const { by } = await ivr.closed;
       await events;
       await ivr.close();
       assert.ok(["exit", "caller", "disconnect"].includes(by), by);
-    }, {
-      sounds: SOUNDS,
-      faults: { chunk: () => 1 + random.below(9), ...reset ? { resetAfter: byte } : { endAfter: byte } },
-    });
+    }, { sounds: SOUNDS, faults: { chunk: () => 1 + random.below(9), ...fault } });
     call.plan([[random.below(50) / 10, "press", "12#"]]);
     await call.over();
     assert.equal(call.clock.pending, 0);
