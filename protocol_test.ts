@@ -662,6 +662,11 @@ test("lines: one may be as long as maxBuffer, and those before a longer one come
   }
 });
 
+test("lines: one that does not end is too long as soon as it is", async () => {
+  const endless = new ReadableStream<Uint8Array>({ start: (controller) => controller.enqueue(utf8("1234567")) });
+  await assert.rejects(all(lines(endless, { maxBuffer: 5 })), code("overflow"));
+});
+
 test("lines: a bound that is no number from 1 is refused", async () => {
   for (const maxBuffer of [0, -1, NaN, "5"]) {
     await assert.rejects(all(lines(streamOf(), { maxBuffer: maxBuffer as number })), refuses("maxBuffer", "read"));
@@ -701,6 +706,7 @@ test("session: two waits get an event each, and a loop that was left swallows no
   const [left, stays] = [host.session[Symbol.asyncIterator](), host.session[Symbol.asyncIterator]()];
   const waits = [left.next(), stays.next(), left.next(), stays.next()];
   await left.return!();
+  assert.equal((await waits[0])!.done, true); // at once
   host.say("1,1", "2,1", "3,1");
   const results = (await Promise.all(waits)).map(({ done, value }) => done ? "done" : brief(value!));
   assert.deepEqual(results, ["done", "1", "done", "2"]);
@@ -716,6 +722,7 @@ test("session: a wait that nobody looks at is no unhandled rejection", async () 
   host.session[Symbol.asyncIterator]().next();
   host.write("x".repeat(100));
   assert.equal((await host.session.closed).by, "error");
+  await pause(); // the loop ends a turn later
 });
 
 // Commands, and what answers them
@@ -881,6 +888,7 @@ test("session: log, hangup and exit take any text: log in lines that fit, the ot
         assert.ok(utf8(line).length <= 1022);
       }
       assert.equal(letters(logged.map((line) => line.slice(2)).join("")), letters(text));
+      assert.ok(logged.length >= text.split(/[\r\n]/).filter(letters).length);
       assert.deepEqual(more, []);
       if (letters(text)) assert.ok(letters(text).startsWith(letters(last!.slice(2))), last);
       else assert.equal(last!.slice(2), end);
@@ -931,9 +939,12 @@ test("outcomes: those of one's own prompts never overflow a call that does not i
     });
     for (let i = 0; i < 200; i++) {
       assert.equal(await session.queue(i % 3 ? "beep" : "nosuch"), i % 3 ? "finished" : "missing");
-      if (i === 100) host.say("5,1"); // what no promise told is kept
+      if (i !== 100) continue;
+      host.say("5,1", "Q,1", "Z,1"); // what no promise told is kept
+      await pause();
     }
     assert.deepEqual(await session.gather({ maxDigits: 1 }), collected("5", "maxDigits"));
+    assert.deepEqual([await next(session), await next(session)], [parseEvent("Q,1"), parseEvent("Z,1")]);
   }
 });
 
