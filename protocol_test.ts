@@ -1032,7 +1032,7 @@ test("session: once it is over its signal is aborted, whatever is asked rejects,
 });
 
 test("session: behind its last words Asterisk is sent nothing more, and whatever is asked rejects", async () => {
-  for (const [last, asked] of [["H,1", ANYTHING], ["E,1", ASKING]] as const) { // behind E the caller is still there
+  for (const last of ["H,1", "E,1"]) {
     await using host = playHost();
     const { session } = host;
     const under = session.play("under way");
@@ -1040,13 +1040,20 @@ test("session: behind its last words Asterisk is sent nothing more, and whatever
     await host.hears();
     host.say(last);
     await pause(); // it has been read
-    for (const late of asked) await assert.rejects(late(session), code("ended"));
+    for (const late of ANYTHING) await assert.rejects(late(session), code("ended"));
     const leaving = [session.hangup(), session.exit()];
     host.end();
     assert.equal(await host.hears(), "(end)");
     assert.equal(await under, "ended");
     await Promise.all(leaving);
   }
+});
+
+test("session: an I that tells of no hangup leaves the caller where they are", async () => {
+  await using host = playHost();
+  host.say("I,1,HANGUPS");
+  assert.equal(brief(await next(host.session)), "inform");
+  assert.ok(!host.session.signal.aborted);
 });
 
 test("session: what stands behind the last newline answers nothing, since it may be cut", async () => {
@@ -1072,6 +1079,14 @@ test("session: a stream that breaks is the end of a call, after the events befor
   assert.equal((await all(host.session)).length, 1);
   assert.deepEqual(await host.session.closed, { by: "disconnect", error: RESET });
   await assert.rejects(pending, (error: Error) => code("ended")(error) && error.cause === RESET);
+});
+
+test("session: a stream of events that breaks breaks off the commands", async () => {
+  const broken = new Promise((resolve) => {
+    const readable = new ReadableStream({ start: (controller) => controller.error(RESET) });
+    new Ivr({ readable, writable: new WritableStream({ abort: resolve, close: () => resolve("closed") }) });
+  });
+  assert.equal(await broken, RESET);
 });
 
 test("session: H that arrives with a reset of the commands is still the caller's", async () => {
@@ -1253,8 +1268,8 @@ test("session: a consumer that keeps up never overflows, however fast the bytes 
   assert.deepEqual(await host.session.closed, { by: "disconnect" });
 });
 
-test("session: a consumer that takes an event a turn keeps up as well", async () => {
-  await using host = playHost({ maxBuffer: 120 });
+test("session: a consumer that takes an event a turn keeps up as well, and is not the peer's silence", async () => {
+  await using host = playHost({ maxBuffer: 120, keepAlive: 30 });
   host.write("F,1,x\n".repeat(300));
   host.end();
   let seen = 0;
@@ -1263,6 +1278,7 @@ test("session: a consumer that takes an event a turn keeps up as well", async ()
     await pause();
   }
   assert.equal(seen, 300);
+  assert.equal(await host.hears(), "(end)");
 });
 
 test("session: keys that wait while a gather plays, and other events behind them, cost each their own", async () => {
@@ -1811,6 +1827,20 @@ test("gather: plays nothing when its signal was aborted before, and takes its ti
     assert.deepEqual(await ivr.gather({ signal: AbortSignal.any([]), timeout: 50 }), collected("", "timeout"));
     await ivr.exit();
     assert.deepEqual(call.heard, []);
+  }));
+
+test("gather: leaves no listener at its signal", () =>
+  inCall(async (ivr) => {
+    const listeners = new Set<unknown>();
+    const signal = Object.assign(new AbortController().signal, {
+      addEventListener: (_: string, listener: unknown) => void listeners.add(listener),
+      removeEventListener: (_: string, listener: unknown) => void listeners.delete(listener),
+    });
+    const gathering = ivr.gather({ signal, timeout: 50 });
+    assert.equal(listeners.size, 1);
+    await gathering;
+    assert.equal(listeners.size, 0);
+    await ivr.exit();
   }));
 
 test("gather: gives the keys that came before its signal aborted", () =>

@@ -158,7 +158,7 @@ class VirtualTimer {
   constructor(clock: VirtualClock, run: () => void, ms: number, repeat: boolean) {
     this.clock = clock;
     const bound = AsyncResource.bind(run);
-    const time = (ms || 0) * 1000;
+    const time = (ms < 2 ** 31 ? ms : 1) * 1000; // as the runtimes do
     const tick = () => {
       if (repeat) this.timer = clock.after(Math.max(1000, time), tick);
       bound();
