@@ -1926,24 +1926,26 @@ test("faults: a connection may be reset or end at any byte, in chunks of any siz
 });
 
 // ---------------------------------------------------------------------------------------------------------
-// 6. The stand-in against the recordings of a real Asterisk 22
+// 6. The stand-in: it does what a real Asterisk 22 was recorded to do, line by line and within 0.4 s; and what it
+//    records itself, it plays again
 // ---------------------------------------------------------------------------------------------------------
 
+/** What came, without the times. */
 const untimedLines = ({ received }: Recording) => received.map(([, line]) => line.replace(/^(.), *-?\d+/, "$1"));
+
+/** What was logged, without the variables that were set. */
+const logged = ({ log }: Recording) => log.map((line) => line.replace(/^CONTINUED.*/s, "CONTINUED"));
 
 /** The same lines in the same order within 0.4 s, the same end and the same log. */
 function assertSame(now: Recording, then: Recording): void {
-  assert.deepEqual(untimedLines(now), untimedLines(then));
-  now.received.forEach(([at], i) => assert.ok(Math.abs(at - then.received[i]![0]) < 0.4));
-  assert.equal(now.ended === null, then.ended === null);
-  if (now.ended && then.ended) assert.ok(Math.abs(now.ended[0] - then.ended[0]) < 0.4);
+  assert.deepEqual([untimedLines(now), logged(now)], [untimedLines(then), logged(then)]);
+  const times = ({ received, ended }: Recording) => [...received, ...ended ? [ended] : []].map(([at]) => at);
+  assert.equal(times(now).length, times(then).length);
+  times(now).forEach((at, i) => assert.ok(Math.abs(at - times(then)[i]!) < 0.4));
   // Of the variables a live Asterisk tells those that are not empty
-  assert.deepEqual(
-    now.log.map((line) => line.replace(/^CONTINUED.*/s, "CONTINUED")),
-    then.log.map((line) => line.replace(/^CONTINUED.*/s, "CONTINUED")),
-  );
-  const set = (log: string[]) => log.flatMap((line) => /^CONTINUED (.*)/s.exec(line)?.[1]?.match(/\S+=\S+/g) ?? []);
-  for (const pair of set(then.log)) assert.ok(set(now.log).includes(pair), pair);
+  const set = ({ log }: Recording) =>
+    log.flatMap((line) => /^CONTINUED (.*)/s.exec(line)?.[1]?.match(/\S+=\S+/g) ?? []);
+  for (const pair of set(then)) assert.ok(set(now).includes(pair), pair);
 }
 
 for (const recorded of recordings()) {
@@ -1952,45 +1954,40 @@ for (const recorded of recordings()) {
   });
 }
 
-test("recording: one without an end plays to what came last, however long after the last command", async () => {
-  let leave = () => {};
-  const call = dialStreams(async ({ writable }) => {
-    await new Promise<void>((resolve) => leave = resolve);
-    await writable.close();
-  }, { options: "i" });
-  call.plan([[10, "press", "1"], [20, "hangup"]]);
-  await call.wait(30);
-  const recording = call.recording();
-  leave();
-  await call.over();
-  assert.equal(recording.ended, null);
-  assert.deepEqual(untimedLines(recording), ["1", "I,HANGUP"]);
-  assert.deepEqual(untimedLines(await replay(recording)), untimedLines(recording));
-});
+/** Calls of a kind that is not among the recordings. */
+const CALLS: [what: string, (ivr: Ivr) => unknown, Parameters<typeof dial>[1], CallerAction[]?][] = [
+  [
+    "a hangup that is left to the menu",
+    menu,
+    { sounds: { "agent-user": 3 }, args: ["support"], options: "i" },
+    [[1, "press", "1234#"], [3, "hangup"]],
+  ],
+  [
+    "texts beyond ASCII, prompts that never begin and an Asterisk that says less",
+    async (ivr) => {
+      assert.deepEqual(await ivr.get("CITY"), { CITY: "Žďár" });
+      await ivr.gather({ prompt: ["č", "never-begins"], maxDigits: 1 });
+      assert.equal(await ivr.play("nosuch"), "refused");
+      await ivr.exit("děkuji");
+    },
+    { sounds: (file) => file === "nosuch" ? undefined : 2, variables: { CITY: "Žďár" }, version: 1.6 },
+    [[0.5, "press", "1"]],
+  ],
+  [
+    "a channel that cannot be answered",
+    (ivr) => ivr.play("beep").then(() => ivr.answer()).catch(() => ivr.exit()),
+    { options: "n", answerable: false },
+  ],
+  [
+    "a file that cannot be opened",
+    (ivr) => Promise.all([ivr.queue("broken"), ivr.queue("beep")]).then(() => ivr.exit()),
+    { unreadable: ["broken"] },
+  ],
+  ["a program that exits without a word", (ivr) => ivr.log("done"), { application: "/path/program" }],
+];
 
-test("recording: a call is recorded as recordings are, and comes back the same", async () => {
-  const handlers: [(ivr: Ivr) => Promise<void>, Parameters<typeof dial>[1], CallerAction[]][] = [
-    [menu, { sounds: { "agent-user": 3 }, args: ["support"], options: "i" }, [[1, "press", "1234#"], [3, "hangup"]]],
-    // Texts beyond ASCII, prompts that never began, a version that says less
-    [
-      async (ivr) => {
-        assert.deepEqual(await ivr.get("CITY"), { CITY: "Žďár" });
-        await ivr.gather({ prompt: ["č", "never-begins"], maxDigits: 1 });
-        assert.equal(await ivr.play("nosuch"), "refused");
-        await ivr.exit("děkuji");
-      },
-      { sounds: (file) => file === "nosuch" ? undefined : 2, variables: { CITY: "Žďár" }, version: 1.6 },
-      [[0.5, "press", "1"]],
-    ],
-    [
-      (ivr) => ivr.play("broken").then(() => ivr.exit()),
-      { options: "n", answerable: false, unreadable: ["broken"] },
-      [],
-    ],
-    // A program that exits without a word
-    [(ivr) => ivr.log("done"), { application: "/path/program" }, []],
-  ];
-  for (const [handler, options, caller] of handlers) {
+for (const [what, handler, options, caller = []] of CALLS) {
+  test(`recording: ${what} is recorded, and comes back the same`, async () => {
     const call = dial(handler, options);
     call.plan(caller);
     await call.over();
@@ -1998,11 +1995,363 @@ test("recording: a call is recorded as recordings are, and comes back the same",
     assertSame(await replay(recording), recording);
     assertSame(await replay(recording, handler), recording);
     assert.deepEqual(JSON.parse(JSON.stringify(recording)), recording);
+  });
+}
+
+test("recording: one without an end plays to what came last, however long after the last command", async () => {
+  const leave = Promise.withResolvers<void>();
+  const call = dialStreams(({ writable }) => leave.promise.then(() => writable.close()), { options: "i" });
+  call.plan([[10, "press", "1"], [20, "hangup"]]);
+  await call.wait(30);
+  const recording = call.recording();
+  leave.resolve();
+  await call.over();
+  assert.equal(recording.ended, null);
+  assert.deepEqual(untimedLines(recording), ["1", "I,HANGUP"]);
+  assert.deepEqual(untimedLines(await replay(recording)), untimedLines(recording));
+});
+
+/** A call to be played, of which nothing is known yet but what is given. */
+function scenario(given: Partial<Recording>): Recording {
+  const nothing = { args: [], options: "", variables: {}, globals: {}, caller: [], steps: [], received: [], log: [] };
+  return { application: "ivr://localhost", sounds: SOUNDS, ended: [0, "end"], ...nothing, ...given };
+}
+
+test("stand-in: half a line holds everything back, until its other half or the end comes", async () => {
+  const came = await replay(scenario({
+    steps: [[0, "V,A=1"], [1, "2\n"], [2, "X,bye"], [2, null]],
+    caller: [[0.1, "press", "1"]],
+  }));
+  assert.deepEqual(untimedLines(came), ["1"]);
+  assert.ok(came.received[0]![0] >= 1);
+  assert.equal(came.log.at(-2), "CONTINUED A=12");
+});
+
+test("stand-in: a key that is pressed while a D goes on is lost", async () => {
+  const caller: CallerAction[] = [[0.2, "press", "2"], [1, "press", "3"]];
+  assert.deepEqual(untimedLines(await replay(scenario({ steps: [[0, "D,12\n"], [2, null]], caller }))), ["3"]);
+});
+
+test("stand-in: without silence/10 nothing plays but what is queued before the first silence", async () => {
+  const table: [options: string, steps: Recording["steps"], received: string[]][] = [
+    ["", [[0.3, "A,short\n"], [1, "A,beep\n"], [1.3, "S,beep\n"], [1.6, "I,x\n"]], ["D,short", "D,beep", "D,beep"]],
+    ["n", [[0.3, "T,x\nA,short\n"], [0.301, "\n"], [1, "A,beep\n"], [1.3, "S,short\n"]], ["F,short", "D,beep"]],
+  ];
+  for (const [options, steps, received] of table) {
+    const call = scenario({ options, steps: [...steps, [2, "H,done\n"]], unreadable: ["silence/10"] });
+    const now = await replay(call);
+    assert.deepEqual(untimedLines(now), [...received, "H"]);
+    assert.deepEqual(now.log, ["File 'silence/10' could not be opened", "Hanging up: done", "HUNGUP"]);
   }
 });
 
+/** Texts of the dialplan, and what Asterisk makes of them. */
+const DIALPLANS: [string, application: string, args: string[], options: string][] = [
+  ["ivr://localhost", "ivr://localhost", [], ""],
+  ["ivr://localhost,i", "ivr://localhost", [], "i"],
+  ["ivr://[::1]:2949(arg1,arg2),ni", "ivr://[::1]:2949", ["arg1", "arg2"], "ni"],
+  ["/usr/bin/menu.ts()", "/usr/bin/menu.ts", [], ""],
+  ["/usr/bin/menu.ts(a b,,c)", "/usr/bin/menu.ts", ["a b", "", "c"], ""],
+  ['/bin/x("a,b",c\\,d,(e,f),[g,h])', "/bin/x", ["a", "b", "c", "d", "(e,f)", "[g,h]"], ""],
+];
+
+test("stand-in: the dialplan's text is read as Asterisk reads it, and what it would not run is refused", () => {
+  for (const [text, application, args, options] of DIALPLANS) {
+    assert.deepEqual(parseDialplan(text), { application, args, options });
+  }
+  for (const text of ["", ",n", "/bin/x(a", "/bin/x,q", "(a)"]) assert.throws(() => parseDialplan(text), SyntaxError);
+});
+
+/** An application that writes anything at any time, and is told events. */
+const scribbler = (random: Random) => async ({ readable, writable }: Streams) => {
+  const writer = writable.getWriter();
+  const got = all(lines(readable));
+  for (let i = 0; i < 20; i++) {
+    const text = random.text([...AWKWARD, "\n", "\n", "\n", ..."SAIDOVGPLTX", "x".repeat(700)], 10);
+    await writer.write(utf8(text)).catch(() => {});
+    if (random.below(2)) await new Promise((resolve) => setTimeout(resolve, random.below(500)));
+  }
+  await writer.close().catch(() => {});
+  for (const line of await got) assert.notEqual(parseEvent(line).type, "unknown", line);
+};
+
+test("stand-in: whatever bytes come in whatever chunks, it tells events, and the call ends", () =>
+  forAll(200, async (random) => {
+    const options = random.of(["", "n", "i", "d"]);
+    const call = dialStreams(scribbler(random), { sounds: SOUNDS, options, version: random.of([22, 13, 1.6]) });
+    call.plan([[random.below(5000) / 1000, "press", "123"], [random.below(5000) / 1000, "hangup"]]);
+    await call.over();
+    assert.equal(call.clock.pending, 0);
+  }));
+
 // ---------------------------------------------------------------------------------------------------------
-// 7. The test kit
+// 7. The test kit: a call in a time of its own, with a caller who does what callers can; a script that cannot go on
+//    fails at once and shows the call. A live call that is tapped becomes such a call
+// ---------------------------------------------------------------------------------------------------------
+
+test("kit: a caller does only what callers can", async () => {
+  const call = dial((ivr) => ivr.gather({ maxDigits: 2 }));
+  assert.throws(() => call.plan([[1, "hang up"]] as never), TypeError);
+  await assert.rejects(call.press("x"), TypeError);
+  await call.press("a1");
+  await call.over();
+  const did = call.notes.filter(({ kind }) => kind === "caller").map(({ text }) => text);
+  assert.deepEqual(did, ["presses A", "presses 1"]);
+});
+
+/** Waits and presses three times, and hangs up. */
+async function assertPresses(call: Call, random: Random): Promise<void> {
+  for (let times = 0; times < 3; times++) {
+    await call.wait(random.below(9_000_000) / random.of([1e6, 7e6, 2 ** 20]));
+    const began = Math.round(call.host.at * 1e6);
+    const keys = random.text("0123456789*#ABCD", 6) || "1";
+    await call.press(keys);
+    assert.equal(call.host.at, (began + 200_000 + (keys.length - 1) * 250_000) / 1e6);
+    const pressed = call.notes.filter(({ kind }) => kind === "caller").slice(-keys.length);
+    assert.equal(pressed.map(({ text }) => text.at(-1)).join(""), keys);
+    assert.equal(pressed.at(-1)!.at, call.host.at);
+  }
+  await call.hangUp();
+  await call.over();
+}
+
+test("kit: press returns when its last key was pressed, whenever it began and whoever shares its time", () =>
+  forAll(250, async (random) => {
+    const clock = new VirtualClock();
+    const gather = (ivr: Ivr) => ivr.gather({ terminators: "", timeout: Infinity });
+    const calls = Array.from({ length: 1 + random.below(6) }, () => dial(gather, { clock }));
+    await Promise.all(calls.map((call) => assertPresses(call, random)));
+    assert.equal(clock.pending, 0);
+  }));
+
+test("kit: calls can share one time", async () => {
+  const clock = new VirtualClock();
+  const calls = [1, 2].map((i) =>
+    dial(async (ivr) => {
+      await ivr.play("beep");
+      await ivr.set({ I: `${i}` });
+      await ivr.exit();
+    }, { clock })
+  );
+  await Promise.all(calls.map((call) => call.over()));
+  assert.deepEqual(calls.map(({ variables }) => variables["I"]), ["1", "2"]);
+});
+
+test("kit: a handler's timers run in the call's time, of which minutes are over at once", async () => {
+  const began = performance.now();
+  const ticks: number[] = [];
+  const call = dial(async (ivr) => {
+    const every = setInterval(() => ticks.push(call.host.at), 60_000);
+    clearTimeout(setTimeout(() => assert.fail(), 1000));
+    assert.equal(await new Promise((resolve) => setTimeout(resolve, 299_000, "arg")), "arg");
+    clearInterval(every);
+    await ivr.exit();
+  });
+  await call.over();
+  assert.ok(Math.abs(call.host.at - 299) < 0.01);
+  assert.deepEqual(ticks.map(Math.round), [60, 120, 180, 240]);
+  assert.ok(performance.now() - began < 5000);
+});
+
+test("kit: everybody else's timers stay real, and the global functions come back when the call is over", async () => {
+  const { setTimeout: own, clearTimeout: ownClear } = globalThis;
+  let rang = false;
+  const before = setTimeout(() => rang = true, 100_000);
+  const call = dial(async (ivr) => {
+    await new Promise((resolve) => setTimeout(resolve, 300_000));
+    await ivr.exit();
+  });
+  const meanwhile = setTimeout(() => rang = true, 100_000);
+  await call.over();
+  clearTimeout(meanwhile);
+  clearTimeout(before);
+  assert.equal(rang, false);
+  assert.equal(globalThis.setTimeout, own);
+  assert.equal(globalThis.clearTimeout, ownClear);
+});
+
+test("kit: the clock waits for what is held", async () => {
+  const call: Call = dial(async (ivr) => {
+    const outside = new Promise<string>((resolve) => setImmediate(() => setImmediate(resolve, "real")));
+    await ivr.set({ ANSWER: await call.clock.hold(outside) });
+    assert.ok(call.host.at < 0.01);
+    await ivr.exit();
+  });
+  await call.over();
+  assert.equal(call.variables["ANSWER"], "real");
+});
+
+test("kit: a program has a stderr, and exits when its handler is done", async () => {
+  const call = dialStreams(async ({ stderr }) => {
+    await stderr!.getWriter().write(utf8("warning: ž\nTrace\n"));
+  }, { application: "/path/program" });
+  assert.equal(await call.over(), "hungup");
+  assert.deepEqual(call.log, ["stderr: warning: ž", "stderr: Trace", "Child process went away"]);
+});
+
+test("kit: a server has no stderr, and its call ends with its stream", async () => {
+  const call = dialStreams(async ({ stderr, writable }) => {
+    assert.equal(stderr, undefined);
+    await writable.close();
+  });
+  assert.equal(await call.over(), "hungup");
+});
+
+/** How a step of a script failed. */
+async function failure(step: Promise<unknown>): Promise<CallError> {
+  const error = await step.catch((error) => error);
+  assert.ok(error instanceof CallError);
+  return error;
+}
+
+test("kit: a script that waits for what never comes fails at once, with the transcript", async () => {
+  const call = dial(async (ivr) => {
+    await ivr.play("beep");
+    await ivr.gather({ timeout: Infinity });
+  });
+  const { message, stack } = await failure(call.hears("thank-you"));
+  assert.match(message, /^Waited for "thank-you" to play, but nothing more can happen .*hold\)\n/);
+  assert.match(message, /^ +0\.\d{3} +--> +S,beep$/m);
+  assert.match(message, /^ +1\.\d{3} +<-- +F,\d+,beep$/m);
+  assert.doesNotMatch(message, /EIVR_ACK/);
+  assert.match(stack!, /protocol_test/);
+  await call.hangUp();
+  await call.over();
+});
+
+test("kit: a script that waits for more when the call is over fails, and one that waits for its end does not", async () => {
+  const call = dial((ivr) => ivr.gather({ timeout: Infinity }));
+  await call.hangUp();
+  assert.match((await failure(call.hears("thank-you"))).message, /the call is over/);
+  assert.equal(await call.over(), "hungup");
+});
+
+test("kit: a handler that fails is told by the step under way, and by the end", async () => {
+  const broken = new Error("no such account");
+  const call = dial(async (ivr) => {
+    await ivr.play("beep");
+    throw broken;
+  });
+  assert.equal((await failure(call.hears("thank-you"))).cause, broken);
+  await assert.rejects(call.over(), broken);
+});
+
+test("kit: a handler that is done and has not ended the call is an error", async () => {
+  const call = dialStreams(() => {});
+  await failure(call.over());
+  await call.hangUp();
+  await call.over();
+});
+
+test("kit: a transcript is printed once, and nothing from the wire moves the cursor or turns the writing", async () => {
+  const call = dial(async (ivr) => {
+    await ivr.log("J\u202eno\u2028\x9b2J");
+    await ivr.get("NAME");
+    throw new Error("no \x1b[2J");
+  }, { variables: { NAME: "\x1b[2J\u200f" } });
+  const error = await failure(call.hears("\u061c"));
+  for (const text of [error.message, error.stack!]) {
+    assert.doesNotMatch(text.replaceAll("\n", ""), /[\p{Cc}\p{Bidi_Control}\u2028]/u);
+  }
+  assert.equal(inspect(error).split("J\\u202eno\\u2028").length, 3); // the command, the log
+  assert.match(error.message, /^Waited for "\\u061c" to play, but the handler failed: Error: no \\x1b\[2J\n/);
+  assert.match(error.message, /--> L,J\\u202eno\\u2028 2J\n/);
+  assert.match(error.message, /NAME=\\x1b\[2J\\u200f\n?/);
+  await assert.rejects(call.over(), /no/);
+});
+
+/** Sounds of many lengths, and one that is missing. */
+const sundry = (file: string) => file === "digits/2" ? undefined : 0.3 + file.length / 5;
+
+/** A caller who presses anything, each time so many seconds after the last or up to three more, and perhaps hangs up. */
+function randomCaller(random: Random, pause: number): CallerAction[] {
+  const caller: CallerAction[] = [];
+  for (let at = 0.3 * pause; caller.length < 5; at += pause + random.below(3000) / 1000) {
+    caller.push([at, "press", random.text("0123456789*#ABCD", 5) || "1"]);
+  }
+  if (random.below(2)) caller.push([random.below(20_000) / 1000, "hangup"]);
+  return caller;
+}
+
+/** All that a tap can know of a call, but times. */
+const known = (recording: Recording) => [
+  recording.received.map(([, line]) => line),
+  recording.steps.map(([, text]) => text).join("").trimEnd(),
+  [recording.application, recording.args, recording.variables],
+  logged(recording).filter((line) => !/^Queue|^Option/.test(line)),
+];
+
+test("tap: what passes is recorded as the kit records it, and plays again as it was", () =>
+  forAll(40, async (random) => {
+    let tapped!: Tapped;
+    const call = dialStreams((streams) => {
+      tapped = tap(streams, { now: () => call.host.at * 1000 });
+      return answer(tapped, menu);
+    }, {
+      application: "ivr://there",
+      args: random.of([[], ["sales"], ["support", "é"]]),
+      options: random.of(["", "i"]),
+      sounds: sundry,
+    });
+    call.plan(randomCaller(random, 2));
+    await call.over();
+    const now = tapped.recording();
+    assert.deepEqual(known(now), known(call.recording()));
+    assert.deepEqual(JSON.parse(JSON.stringify(now)), now);
+    // A key in the moment when a prompt ends may come before that or behind it
+    const ends = now.received.filter(([, line]) => line.startsWith("F")).map(([at]) => at);
+    if (now.caller.some(([at]) => ends.some((end) => Math.abs(at + 0.2 - end) < 0.2))) return;
+    const again = await replay(now, menu);
+    assert.deepEqual(untimedLines(again), untimedLines(now));
+    assert.deepEqual(known(again)[3], known(now)[3]);
+  }));
+
+/** A call in which secrets pass in every way, as it is tapped. */
+async function secretive(options: Parameters<typeof tap>[1]): Promise<Recording> {
+  let tapped!: Tapped;
+  const call = dialStreams((streams) => {
+    tapped = tap(streams, { now: () => 0, ...options });
+    return answer(tapped, async (ivr) => {
+      await ivr.params();
+      const { NAME } = await ivr.get("NAME");
+      const { digits } = await ivr.gather({ maxDigits: 8 });
+      assert.equal(digits, "12345678");
+      await ivr.set({ ACCOUNT: digits, OTHER: NAME! });
+      await ivr.log(`account ${digits} of ${NAME}`);
+      await ivr.sendDtmf("5678");
+      await ivr.send({ type: "unknown", line: `Q,${NAME}` });
+      await ivr.exit(`account ${digits}`);
+    });
+  }, { variables: { NAME: "Alice Žižková" }, args: ["secret argument"], epoch: 1 });
+  call.plan([[0.5, "press", "12345678"]]);
+  await call.over();
+  return tapped.recording();
+}
+
+test("tap: without values nothing of them is left", async () => {
+  const written = JSON.stringify(await secretive({ values: false }));
+  for (const secret of ["12345678", "5678", "1234", "Alice", "secret argument", "account"]) {
+    assert.ok(!written.includes(secret), `${secret} in ${written}`);
+  }
+  assert.match(written, /"V,ACCOUNT=x{8},OTHER=x+\\n/);
+});
+
+test("tap: what is beyond its bound is not recorded, nor is an end", async () => {
+  const { received, steps, ended } = await secretive({ most: 100 });
+  assert.ok(JSON.stringify([received, steps]).length < 1000);
+  assert.equal(ended, null);
+});
+
+test("tap: a stream that breaks is an end", async () => {
+  const broken = new ReadableStream<Uint8Array>({ start: (controller) => controller.error(new Error("reset")) });
+  const tapped = tap({ readable: broken, writable: new WritableStream() });
+  assert.equal((await answer(tapped, async () => {})).by, "disconnect");
+  assert.notEqual(tapped.recording().ended, null);
+});
+
+// ---------------------------------------------------------------------------------------------------------
+// 8. The menu and its voice: whatever a caller does the menu ends the call as they end it; numbers, letters and times are
+//    said as Asterisk says them
 // ---------------------------------------------------------------------------------------------------------
 
 test("a caller with an account chooses the support", async () => {
@@ -2031,378 +2380,49 @@ test("readme: the tests that it shows are the two above", () => {
   assert.ok(read("protocol_test.ts").includes(shown!));
 });
 
-test("menu: type-ahead skips the prompts, a bad number is asked again, silence goes on with the default", async () => {
-  const ahead = dial(menu);
-  ahead.plan([[0, "press", "1234#1"]]);
-  await ahead.over();
-  assert.deepEqual(ahead.variables, { ACCOUNT: "1234", DEPARTMENT: "sales" });
-
-  const again = dial(menu, { args: ["support"] });
-  await again.hears("agent-user");
-  await again.press("12#");
-  await again.hears("pbx-invalid");
-  await again.hears("agent-user");
-  await again.press("98765432");
-  await again.over();
-  assert.deepEqual(again.variables, { ACCOUNT: "98765432", DEPARTMENT: "support" });
-
-  const silent = dial(menu, { args: ["support"] });
-  await silent.over();
-  assert.deepEqual(silent.heard, [
-    "hello-world",
-    "agent-user",
-    "hello-world",
-    "agent-user",
-    "hello-world",
-    "agent-user",
-  ]);
-  assert.deepEqual(silent.variables, { DEPARTMENT: "support" });
+test("menu: type-ahead skips the prompts", async () => {
+  const call = dial(menu);
+  call.plan([[0, "press", "1234#1"]]);
+  await call.over();
+  assert.deepEqual(call.variables, { ACCOUNT: "1234", DEPARTMENT: "sales" });
 });
 
-test("menu: a hundred random conversations each end as their caller ended them", () =>
+test("menu: a bad number is asked for again", async () => {
+  const call = dial(menu, { args: ["support"] });
+  await call.hears("agent-user");
+  await call.press("12#");
+  await call.hears("pbx-invalid");
+  await call.hears("agent-user");
+  await call.press("98765432");
+  await call.over();
+  assert.deepEqual(call.variables, { ACCOUNT: "98765432", DEPARTMENT: "support" });
+});
+
+test("menu: silence is asked three times, and goes on with the default", async () => {
+  const call = dial(menu, { args: ["support"] });
+  await call.over();
+  assert.deepEqual(call.heard, Array(3).fill(["hello-world", "agent-user"]).flat());
+  assert.deepEqual(call.variables, { DEPARTMENT: "support" });
+});
+
+test("menu: a hundred random conversations each end as their caller ended them, and leave no timer", () =>
   forAll(100, async (random) => {
-    const caller: CallerAction[] = [];
-    for (let at = 0; caller.length < 6; at += random.below(3000) / 1000) {
-      caller.push([at, "press", random.text("0123456789*#ABCD", 5) || "1"]);
-    }
-    const hangsUp = random.below(2) === 0;
-    const at = random.below(20_000) / 1000;
-    if (hangsUp) caller.push([at, "hangup"]);
-    const options = random.of(["", "", "i", "n"]);
     let ending: unknown;
-    const call = dial(async (ivr) => {
-      ivr.closed.then((closed) => ending = closed);
-      await menu(ivr);
-    }, {
+    const options = random.of(["", "", "i", "n"]);
+    const call = dialStreams(async (streams) => ending = await answer(streams, menu), {
       options,
-      sounds: (file) => file === "digits/2" ? undefined : 0.3 + file.length / 5,
+      sounds: sundry,
       unreadable: random.of([[], ["vm-press"]]),
       version: random.of([22, 16, 13]),
       faults: { chunk: () => 1 + random.below(random.of([1, 5, 100])) },
     });
-    call.plan(caller);
+    call.plan(randomCaller(random, 0));
     const left = await call.over();
-    assert.equal(call.clock.pending, 0, "no timer is left");
+    assert.equal(call.clock.pending, 0);
     const hungUp = call.notes.some(({ kind, text }) => kind === "caller" && text === "hangs up");
     assert.equal(left, hungUp ? "hungup" : "continued");
     assert.deepEqual(ending, { by: !hungUp || options === "i" ? "exit" : "caller" });
   }));
-
-/** A random caller of the menu. */
-function randomCaller(random: Random): CallerAction[] {
-  const caller: CallerAction[] = [];
-  for (let at = 0.3; caller.length < 4; at += 2 + random.below(3000) / 1000) {
-    caller.push([at, "press", random.text("0123456789*#", 5) || "1"]);
-  }
-  if (random.below(2)) caller.push([random.below(20_000) / 1000, "hangup"]);
-  return caller;
-}
-
-test("tap: what passes is recorded as the kit records it, and plays again as it was", () =>
-  forAll(40, async (random) => {
-    let tapped!: Tapped;
-    const call = dialStreams((streams) => {
-      tapped = tap(streams, { now: () => call.host.at * 1000 });
-      return answer(tapped, menu);
-    }, {
-      application: "ivr://there",
-      args: random.of([[], ["sales"], ["support", "é"]]),
-      options: random.of(["", "i"]),
-      sounds: (file) => file === "digits/2" ? undefined : 0.3 + file.length / 5,
-    });
-    call.plan(randomCaller(random));
-    await call.over();
-    const [now, then] = [tapped.recording(), call.recording()];
-    const texts = (recording: Recording) => [
-      recording.received.map(([, line]) => line),
-      recording.steps.map(([, text]) => text).join("").trimEnd(),
-      [recording.application, recording.args, recording.variables],
-      recording.log.map((line) => line.replace(/^CONTINUED.*/s, "CONTINUED")).filter((line) =>
-        !/^Queue|^Option/.test(line)
-      ),
-    ];
-    assert.deepEqual(texts(now), texts(then));
-    assert.deepEqual(JSON.parse(JSON.stringify(now)), now);
-    // A key in the moment when a prompt ends may come before that or behind it
-    const ends = now.received.filter(([, line]) => line.startsWith("F")).map(([at]) => at);
-    if (now.caller.some(([at]) => ends.some((end) => Math.abs(at + 0.2 - end) < 0.2))) return;
-    const again = await replay(now, menu);
-    assert.deepEqual(untimedLines(again), untimedLines(now));
-    assert.deepEqual(texts(again)[3], texts(now)[3]);
-  }));
-
-test("tap: without values nothing of them is left, with a bound nothing beyond it, and a stream that breaks is an end", async () => {
-  const secrets = { ACCOUNT: "12345678", NAME: "Alice Žižková" };
-  const call = dialStreams(async (streams) => {
-    const tapped = tap(streams, { values: false, now: () => 0 });
-    const bounded = tap(tapped, { most: 100 });
-    await answer(bounded, async (ivr) => {
-      await ivr.params();
-      await ivr.get("NAME");
-      const { digits } = await ivr.gather({ maxDigits: 8 });
-      assert.equal(digits, secrets.ACCOUNT);
-      await ivr.set({ ACCOUNT: digits, OTHER: secrets.NAME });
-      await ivr.log(`account ${digits} of ${secrets.NAME}`);
-      await ivr.sendDtmf("5678");
-      await ivr.send({ type: "unknown", line: `Q,${secrets.NAME}` });
-      await ivr.exit(`account ${digits}`);
-    });
-    const written = JSON.stringify(tapped.recording());
-    for (const secret of ["12345678", "5678", "1234", "Alice", "secret argument", "account"]) {
-      assert.ok(!written.includes(secret), `${secret} in ${written}`);
-    }
-    assert.match(written, /"V,ACCOUNT=x{8},OTHER=x+\\n/);
-    const { received, steps, ended } = bounded.recording();
-    assert.ok(JSON.stringify([received, steps]).length < 1000);
-    assert.equal(ended, null);
-  }, { variables: { NAME: secrets.NAME }, args: ["secret argument"], epoch: 1 });
-  call.plan([[0.5, "press", secrets.ACCOUNT]]);
-  await call.over();
-
-  const broken = new ReadableStream<Uint8Array>({ start: (controller) => controller.error(new Error("reset")) });
-  const tapped = tap({ readable: broken, writable: new WritableStream() });
-  assert.equal((await answer(tapped, async () => {})).by, "disconnect");
-  assert.notEqual(tapped.recording().ended, null);
-});
-
-test("kit: a script that waits for what never comes fails at once, with the transcript", async () => {
-  const call = dial(async (ivr) => {
-    await ivr.play("beep");
-    await ivr.gather({ timeout: Infinity });
-  });
-  await assert.rejects(call.hears("thank-you"), (error) => {
-    assert.ok(error instanceof CallError);
-    assert.match(error.message, /^Waited for "thank-you" to play, but nothing more can happen .*hold\)\n/);
-    assert.match(error.message, /^ +0\.\d{3} +--> +S,beep$/m);
-    assert.match(error.message, /^ +1\.\d{3} +<-- +F,\d+,beep$/m);
-    assert.doesNotMatch(error.message, /EIVR_ACK/);
-    assert.match(error.stack!, /protocol_test/);
-    return true;
-  });
-  await call.hangUp();
-  await assert.rejects(call.hears("thank-you"), /the call is over/);
-  assert.equal(await call.over(), "hungup");
-});
-
-test("kit: a handler that fails is told by the step under way, and by the end", async () => {
-  const broken = new Error("no such account");
-  const call = dial(async (ivr) => {
-    await ivr.play("beep");
-    throw broken;
-  });
-  await assert.rejects(call.hears("thank-you"), (error) => (error as Error).cause === broken);
-  await assert.rejects(call.over(), broken);
-  const leaky = dialStreams(() => {});
-  await assert.rejects(leaky.over(), CallError); // the handler is done and nobody ended the call
-  await leaky.hangUp();
-  await leaky.over();
-});
-
-test("kit: a transcript is printed once, and nothing from the wire moves the cursor or turns the writing", async () => {
-  const call = dial(async (ivr) => {
-    await ivr.log("J\u202eno\u2028\x9b2J");
-    await ivr.get("NAME");
-    throw new Error("no \x1b[2J");
-  }, { variables: { NAME: "\x1b[2J\u200f" } });
-  await assert.rejects(call.hears("\u061c"), (error) => {
-    assert.ok(error instanceof CallError);
-    for (const text of [error.message, error.stack!]) {
-      assert.doesNotMatch(text.replaceAll("\n", ""), /[\p{Cc}\p{Bidi_Control}\u2028]/u);
-    }
-    assert.equal(inspect(error).split("J\\u202eno\\u2028").length, 3); // the command, the log
-    assert.match(error.message, /^Waited for "\\u061c" to play, but the handler failed: Error: no \\x1b\[2J\n/);
-    assert.match(error.message, /--> L,J\\u202eno\\u2028 2J\n/);
-    assert.match(error.message, /NAME=\\x1b\[2J\\u200f\n?/);
-    return true;
-  });
-  await assert.rejects(call.over(), /no/);
-});
-
-test("kit: press returns when its last key was pressed, whenever it began and whoever shares its time", () =>
-  forAll(250, async (random) => {
-    const clock = new VirtualClock();
-    const calls = Array.from({ length: 1 + random.below(6) }, () =>
-      dial(async (ivr) => {
-        await ivr.gather({ terminators: "", timeout: Infinity });
-      }, { clock }));
-    await Promise.all(calls.map(async (call) => {
-      for (let times = 0; times < 3; times++) {
-        await call.wait(random.below(9_000_000) / random.of([1e6, 7e6, 2 ** 20]));
-        const began = Math.round(call.host.at * 1e6);
-        const keys = random.text("0123456789*#ABCD", 6) || "1";
-        await call.press(keys);
-        assert.equal(call.host.at, (began + 200_000 + (keys.length - 1) * 250_000) / 1e6);
-        const pressed = call.notes.filter(({ kind }) => kind === "caller").slice(-keys.length);
-        assert.equal(pressed.map(({ text }) => text.at(-1)).join(""), keys);
-        assert.equal(pressed.at(-1)!.at, call.host.at);
-      }
-      await call.hangUp();
-      await call.over();
-    }));
-    assert.equal(clock.pending, 0);
-  }));
-
-test("kit: time is the call's own, and the timers of everybody else are theirs", async () => {
-  const { setTimeout: own, clearTimeout: ownClear } = globalThis;
-  const began = performance.now();
-  let outside = false;
-  const timer = setTimeout(() => outside = true, 300_000);
-  const ticks: number[] = [];
-  const call = dial(async (ivr) => {
-    const every = setInterval(() => ticks.push(call.host.at), 60_000);
-    const never = setTimeout(() => assert.fail(), 1000);
-    clearTimeout(never);
-    await new Promise<void>((resolve) =>
-      setTimeout((text: string) => (assert.equal(text, "arg"), resolve()), 299_000, "arg")
-    );
-    clearInterval(every);
-    await ivr.exit();
-  });
-  const other = setTimeout(() => {}, 5);
-  await call.over();
-  clearTimeout(other);
-  clearTimeout(timer);
-  assert.ok(Math.abs(call.host.at - 299) < 0.01);
-  assert.deepEqual(ticks.map(Math.round), [60, 120, 180, 240]);
-  assert.ok(performance.now() - began < 5000);
-  assert.equal(outside, false);
-  assert.equal(globalThis.setTimeout, own);
-  assert.equal(globalThis.clearTimeout, ownClear);
-});
-
-test("kit: the clock waits for what is held", async () => {
-  const call: Call = dial(async (ivr) => {
-    const answer = await call.clock.hold(
-      new Promise<string>((resolve) => setImmediate(() => setImmediate(() => resolve("real")))),
-    );
-    await ivr.set({ ANSWER: answer });
-    assert.ok(call.host.at < 0.01);
-    await ivr.exit();
-  });
-  await call.over();
-  assert.equal(call.variables["ANSWER"], "real");
-});
-
-test("kit: two calls at once in one time", async () => {
-  const clock = new VirtualClock();
-  const calls = [1, 2].map((i) =>
-    dial(async (ivr) => {
-      await ivr.play("beep");
-      await ivr.set({ I: `${i}` });
-      await ivr.exit();
-    }, { clock })
-  );
-  await Promise.all(calls.map((call) => call.over()));
-  assert.deepEqual(calls.map(({ variables }) => variables["I"]), ["1", "2"]);
-});
-
-test("kit: a caller does only what callers can", async () => {
-  const call = dial((ivr) => ivr.gather({ maxDigits: 2 }));
-  assert.throws(() => call.plan([[1, "hang up"]] as never), TypeError);
-  await assert.rejects(call.press("x"), TypeError);
-  await call.press("a1");
-  await call.over();
-  assert.deepEqual(call.notes.filter(({ kind }) => kind === "caller").map(({ text }) => text), [
-    "presses A",
-    "presses 1",
-  ]);
-});
-
-test("kit: the texts of the dialplan", () => {
-  const table: [string, string, string[], string][] = [
-    ["ivr://localhost", "ivr://localhost", [], ""],
-    ["ivr://localhost,i", "ivr://localhost", [], "i"],
-    ["ivr://[::1]:2949(arg1,arg2),ni", "ivr://[::1]:2949", ["arg1", "arg2"], "ni"],
-    ["/usr/bin/menu.ts()", "/usr/bin/menu.ts", [], ""],
-    ["/usr/bin/menu.ts(a b,,c)", "/usr/bin/menu.ts", ["a b", "", "c"], ""],
-    ['/bin/x("a,b",c\\,d,(e,f),[g,h])', "/bin/x", ["a", "b", "c", "d", "(e,f)", "[g,h]"], ""],
-  ];
-  for (const [text, application, args, options] of table) {
-    assert.deepEqual(parseDialplan(text), { application, args, options });
-  }
-  for (const text of ["", ",n", "/bin/x(a", "/bin/x,q", "(a)"]) assert.throws(() => parseDialplan(text), SyntaxError);
-});
-
-test("stand-in: half a line holds everything back, and keys during a D are lost", async () => {
-  const call = dialStreams(async ({ readable, writable }) => {
-    const writer = writable.getWriter();
-    const got = all(lines(readable));
-    await writer.write(utf8("V,A=1"));
-    await new Promise((resolve) => setTimeout(resolve, 1000));
-    await writer.write(utf8("2\n"));
-    await new Promise((resolve) => setTimeout(resolve, 1000));
-    await writer.write(utf8("D,12\n"));
-    await new Promise((resolve) => setTimeout(resolve, 2000));
-    await writer.write(utf8("X,bye"));
-    await writer.close();
-    assert.deepEqual((await got).map((line) => line.slice(0, 1)), ["1", "3"]);
-  });
-  call.plan([[0.1, "press", "1"], [2.2, "press", "2"], [3, "press", "3"]]);
-  assert.equal(await call.over(), "continued");
-  assert.equal(call.variables["A"], "12");
-  const at = (text: string) => call.notes.find((note) => note.text.startsWith(text))!.at;
-  assert.ok(at("1,") >= 1);
-});
-
-test("stand-in: without silence/10 nothing plays but what is queued before the first silence", async () => {
-  const table: [options: string, steps: Recording["steps"], received: string[]][] = [
-    ["", [[0.3, "A,short\n"], [1, "A,beep\n"], [1.3, "S,beep\n"], [1.6, "I,x\n"]], ["D,short", "D,beep", "D,beep"]],
-    ["n", [[0.3, "T,x\nA,short\n"], [0.301, "\n"], [1, "A,beep\n"], [1.3, "S,short\n"]], ["F,short", "D,beep"]],
-  ];
-  for (const [options, steps, received] of table) {
-    const now = await replay({
-      application: "ivr://127.0.0.1:2949",
-      args: [],
-      options,
-      sounds: SOUNDS,
-      unreadable: ["silence/10"],
-      variables: {},
-      globals: {},
-      caller: [],
-      steps: [...steps, [2, "H,done\n"]],
-      received: [],
-      ended: [2, "end"],
-      log: [],
-    });
-    assert.deepEqual(now.received.map(([, line]) => line.replace(/,[ \d]+/, "")), [...received, "H"]);
-    assert.deepEqual(now.log, ["File 'silence/10' could not be opened", "Hanging up: done", "HUNGUP"]);
-  }
-});
-
-test("kit: a program has a stderr, and exits when its handler is done", async () => {
-  const call = dialStreams(async ({ stderr }) => {
-    await stderr!.getWriter().write(utf8("warning: ž\nTrace\n"));
-  }, { application: "/path/program" });
-  assert.equal(await call.over(), "hungup");
-  assert.deepEqual(call.log, ["stderr: warning: ž", "stderr: Trace", "Child process went away"]);
-  const server = dialStreams(async ({ stderr, writable }) => {
-    assert.equal(stderr, undefined);
-    await writable.close();
-  });
-  assert.equal(await server.over(), "hungup");
-});
-
-test("stand-in: any bytes, in any chunks, and the call still ends", () =>
-  forAll(200, async (random) => {
-    const call = dialStreams(async ({ readable, writable }) => {
-      const writer = writable.getWriter();
-      const got = all(lines(readable));
-      for (let i = 0; i < 20; i++) {
-        const bytes = utf8(random.text([...AWKWARD, "\n", "\n", "\n", ..."SAIDOVGPLTX", "x".repeat(700)], 10));
-        await writer.write(bytes).catch(() => {});
-        if (random.below(2)) await new Promise((resolve) => setTimeout(resolve, random.below(500)));
-      }
-      await writer.close().catch(() => {});
-      for (const line of await got) assert.match(line, /^[^\n]*$/);
-    }, { sounds: SOUNDS, options: random.of(["", "n", "i", "d"]), version: random.of([22, 13, 1.6]) });
-    call.plan([[random.below(5000) / 1000, "press", "123"], [random.below(5000) / 1000, "hangup"]]);
-    await call.over();
-    assert.equal(call.clock.pending, 0);
-  }));
-
-// ---------------------------------------------------------------------------------------------------------
-// 8. Say
-// ---------------------------------------------------------------------------------------------------------
 
 /** Applications of the dialplan, and what a live Asterisk played for them: without `digits/` where they begin with it. */
 const SAID: [application: string, played: string][] = [
@@ -2483,21 +2503,31 @@ const SAID: [application: string, played: string][] = [
 
 /** What the module has Asterisk play instead of an application. */
 function said(application: string): string[] {
-  const [, name, text] = /^(\w+)\((.*)\)$/s.exec(application)!;
-  if (name === "SayNumber") return say.number(Number(text));
-  if (name === "SayOrdinal") return say.ordinal(Number(text));
-  if (name === "SayDigits") return say.digits(text!);
-  if (name === "SayAlpha") return say.alpha(text!);
-  if (name === "SayPhonetic") return say.phonetic(text!);
+  const [, name, text] = /^Say(\w+)\((.*)\)$/s.exec(application)!;
+  if (name === "Number") return say.number(Number(text));
+  if (name === "Ordinal") return say.ordinal(Number(text));
+  if (name === "Digits") return say.digits(text!);
+  if (name === "Alpha") return say.alpha(text!);
+  if (name === "Phonetic") return say.phonetic(text!);
   const [epoch, zone, format] = text!.split(",");
   const sayTime = format === "IMp" ? say.time : format === "ABdY" ? say.date : say.dateTime;
   return sayTime(new Date(Number(epoch) * 1000), zone);
 }
 
-test("say: what a live Asterisk played", () => {
+test("say: the files are those that a live Asterisk played", () => {
   for (const [application, played] of SAID) {
     assert.equal(said(application).map((file) => file.replace(/^digits\//, "")).join(" "), played, application);
   }
+});
+
+test("say: the files are a prompt like any other", async () => {
+  const prompt = ["vm-youhave", ...say.number(1234)];
+  const call = dial(async (ivr) => {
+    assert.equal((await ivr.gather({ prompt, maxDigits: 1 })).digits, "5");
+  }, { sounds: Object.fromEntries(prompt.map((file) => [file, 1])) });
+  for (const file of prompt) await call.hears(file);
+  await call.press("5");
+  await call.over();
 });
 
 const LARGEST = 2 ** 31 - 2;
@@ -2508,7 +2538,7 @@ function sayable(random: Random): number {
   return random.below(size) * random.of([1, -1]) + 0;
 }
 
-test("say: whoever hears a number knows it", () =>
+test("say: whoever hears a number knows it, and its ordinal is the same with another end", () =>
   forAll(2000, (random) => {
     const value = sayable(random);
     const scales: Record<string, number> = { thousand: 1e3, million: 1e6, billion: 1e9 };
@@ -2548,51 +2578,43 @@ test("say: a time is that of its zone, and without one that of the system's", ()
   });
 });
 
-test("say: what cannot be said is an error that names it", () => {
-  const wrong = (value: unknown) => value as never;
-  const whole = "it has to be a whole number from -2147483646 to 2147483646";
-  const early = "it has to be a time from 1901 on";
-  const cases: [() => string[], typeof RangeError, ...string[]][] = [
-    ...[1.5, NaN, Infinity, LARGEST + 1, -LARGEST - 1].flatMap((value): typeof cases => [
-      [() => say.number(value), RangeError, `Cannot say ${value}: ${whole}`],
-      [() => say.ordinal(value), RangeError, `Cannot say ${value}: ${whole}`],
-    ]),
-    [() => say.ordinal(0), RangeError, "Cannot say 0 as an ordinal: "],
-    [() => say.number(wrong("5")), TypeError, 'Cannot say "5": it has to be a number'],
-    [() => say.number(wrong(undefined)), TypeError, "Cannot say undefined: it has to be a number"],
-    ...[say.digits, say.alpha, say.phonetic].map((spell): typeof cases[number] => [
-      () => spell(wrong(5)),
-      TypeError,
-      "Cannot say 5: it has to be a string",
-    ]),
-    ...[say.time, say.date, say.dateTime].flatMap((sayTime): typeof cases => [
-      [() => sayTime(wrong(5), "UTC"), TypeError, "Cannot say 5: it has to be a Date"],
-      [() => sayTime(wrong({}), "UTC"), TypeError, "it has to be a Date"],
-      [() => sayTime(new Date(NaN), "UTC"), RangeError, `Cannot say Invalid Date: ${early}`],
-      [() => sayTime(new Date(-1e13), "UTC"), RangeError, `Cannot say ${new Date(-1e13)}: ${early}`],
-      [() => sayTime(new Date("1900-12-31T23:59:59Z"), "UTC"), RangeError, early],
-      [() => sayTime(new Date("1901-01-01T04:00Z"), "America/New_York"), RangeError, early],
-      [() => sayTime(new Date("-002025-07-04T12:00Z"), "UTC"), RangeError, early],
-      [() => sayTime(new Date(0), "Nowhere/Land"), RangeError, "Nowhere/Land"],
-    ]),
-  ];
-  for (const [speak, type, ...texts] of cases) {
+const WHOLE = "it has to be a whole number from -2147483646 to 2147483646";
+const EARLY = "it has to be a time from 1901 on";
+
+/** What cannot be said, and what the error tells. */
+const UNSAYABLE: [speak: () => string[], typeof RangeError, ...texts: string[]][] = [
+  ...[1.5, NaN, Infinity, LARGEST + 1, -LARGEST - 1].flatMap((value): typeof UNSAYABLE => [
+    [() => say.number(value), RangeError, `Cannot say ${value}: ${WHOLE}`],
+    [() => say.ordinal(value), RangeError, `Cannot say ${value}: ${WHOLE}`],
+  ]),
+  [() => say.ordinal(0), RangeError, "Cannot say 0 as an ordinal: "],
+  [() => say.number("5" as never), TypeError, 'Cannot say "5": it has to be a number'],
+  [() => say.number(undefined as never), TypeError, "Cannot say undefined: it has to be a number"],
+  ...[say.digits, say.alpha, say.phonetic].map((spell): typeof UNSAYABLE[number] => [
+    () => spell(5 as never),
+    TypeError,
+    "Cannot say 5: it has to be a string",
+  ]),
+  ...[say.time, say.date, say.dateTime].flatMap((sayTime): typeof UNSAYABLE => [
+    [() => sayTime(5 as never, "UTC"), TypeError, "Cannot say 5: it has to be a Date"],
+    [() => sayTime({} as never, "UTC"), TypeError, "it has to be a Date"],
+    [() => sayTime(new Date(NaN), "UTC"), RangeError, `Cannot say Invalid Date: ${EARLY}`],
+    [() => sayTime(new Date(-1e13), "UTC"), RangeError, `Cannot say ${new Date(-1e13)}: ${EARLY}`],
+    [() => sayTime(new Date("1900-12-31T23:59:59Z"), "UTC"), RangeError, EARLY],
+    [() => sayTime(new Date("1901-01-01T04:00Z"), "America/New_York"), RangeError, EARLY],
+    [() => sayTime(new Date("-002025-07-04T12:00Z"), "UTC"), RangeError, EARLY],
+    [() => sayTime(new Date(0), "Nowhere/Land"), RangeError, "Nowhere/Land"],
+  ]),
+];
+
+test("say: what cannot be said is an error that names it and the rule", () => {
+  for (const [speak, type, ...texts] of UNSAYABLE) {
     assert.throws(speak, (error) => {
       assert.ok(error instanceof type);
       for (const text of texts) assert.ok(error.message.includes(text), error.message);
       return true;
     });
   }
-});
-
-test("say: a prompt like any other", async () => {
-  const prompt = ["vm-youhave", ...say.number(1234)];
-  const call = dial(async (ivr) => {
-    assert.equal((await ivr.gather({ prompt, maxDigits: 1 })).digits, "5");
-  }, { sounds: Object.fromEntries(prompt.map((file) => [file, 1])) });
-  for (const file of prompt) await call.hears(file);
-  await call.press("5");
-  await call.over();
 });
 
 // ---------------------------------------------------------------------------------------------------------
