@@ -2618,172 +2618,287 @@ test("say: what cannot be said is an error that names it and the rule", () => {
 });
 
 // ---------------------------------------------------------------------------------------------------------
-// 9. Over TCP, over stdio, and through the telephone: the wall's time, and little of it
+// 9. Over real sockets and pipes: calls at once, resets and floods stay each call's own; the menu is a program and a
+//    server; the telephone calls both, and its exit status tells how it went
 // ---------------------------------------------------------------------------------------------------------
 
-/** A TCP server for one test. Its end tells what the handlers threw, but for calls that ended. */
-async function served(
-  handler: (session: Ivr) => Promise<unknown>,
-): Promise<{ port: number; close: () => Promise<void> }> {
-  const calls: Promise<unknown>[] = [];
-  const server = createServer({ noDelay: true, allowHalfOpen: true }, (socket) => {
-    const session = new Ivr(nodeStreams(socket, socket));
-    calls.push(handler(session).catch((error) => error).finally(() => session.close()));
-  });
+/**
+ * A test of programs, which take their time: Bun gives other tests five seconds. Windows has neither signals nor files that
+ * run by their first line, and no Asterisk.
+ */
+function onUnix(name: string, body: () => Promise<void>): void {
+  test(name, { skip: process.platform === "win32", timeout: 120_000 }, body);
+}
+
+/** Waits until something holds. */
+async function until(holds: () => unknown, seconds = 60): Promise<void> {
+  for (const end = performance.now() + seconds * 1000; !await holds();) {
+    assert.ok(performance.now() < end, `this did not hold for ${seconds} s: ${holds}`);
+    await new Promise((resolve) => setTimeout(resolve, 10));
+  }
+}
+
+/** A server on a port of its own. */
+async function listening(server: Server) {
   await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
+  const close = () => new Promise<void>((resolve) => server.close(() => resolve()));
+  return { port: (server.address() as AddressInfo).port, close, [Symbol.asyncDispose]: close };
+}
+
+/** A server of a handler's. Its end tells what the handlers threw, but for calls that ended. */
+async function served(handler: (ivr: Ivr) => Promise<unknown>) {
+  const calls: Promise<unknown>[] = [];
+  const endings: string[] = [];
+  const { port, close } = await listening(createServer({ noDelay: true, allowHalfOpen: true }, (socket) => {
+    const ivr = new Ivr(nodeStreams(socket, socket));
+    ivr.closed.then(({ by }) => endings.push(by));
+    calls.push(handler(ivr).catch((error) => error).finally(() => ivr.close()));
+  }));
   return {
-    port: (server.address() as AddressInfo).port,
+    port,
+    endings,
     close: async () => {
       const errors = await Promise.all(calls);
-      await new Promise((resolve) => server.close(resolve));
-      for (const error of errors) if (error instanceof Error) assert.ok(code("ended")(error));
+      await close();
+      for (const error of errors) {
+        if (error instanceof Error && !(error instanceof IvrError && error.code === "ended")) throw error;
+      }
     },
   };
 }
 
-async function connected(port: number): Promise<Omit<Streams, "stderr">> {
-  const socket = connect({ port, host: "127.0.0.1", noDelay: true, allowHalfOpen: true });
-  await new Promise((resolve) => socket.once("connect", resolve));
-  return Duplex.toWeb(socket) as unknown as Streams;
+/** A connection as Asterisk makes it. */
+const dialed = (port: number, allowHalfOpen = false) =>
+  connect({ port, host: "127.0.0.1", noDelay: true, allowHalfOpen });
+
+/** What comes over a connection until it is closed, also by a reset. */
+function ended(socket: Socket): Promise<string> {
+  let came = "";
+  socket.on("error", () => {}).on("data", (data) => came += data.toString("latin1"));
+  return new Promise((resolve) => socket.on("close", () => resolve(came)));
 }
 
-test("tcp: bursts are acknowledged, a caller hangs up at any point, one call's failure is no other's", async () => {
-  const endings: string[] = [];
-  const server = await served(async (session) => {
-    session.closed.then(({ by }) => endings.push(by));
-    const began = performance.now();
-    await Promise.all(Array.from({ length: 20 }, (_, i) => session.set({ [`V${i}`]: "1" })));
-    if (performance.now() - began > 2000) throw new Error("stalled");
-    await session.gather({ prompt: "beep", maxDigits: 2, timeout: 20 });
-    await session.exit();
-  });
+/** The stand-in, connected to a port. */
+async function standIn(port: number, options: ConstructorParameters<typeof Asterisk>[1]): Promise<Asterisk> {
+  const socket = dialed(port, true);
+  await new Promise((resolve) => socket.once("connect", resolve));
+  return new Asterisk(Duplex.toWeb(socket), options);
+}
+
+/** Its caller presses keys all at once. */
+function press(host: Asterisk, keys: string): void {
+  for (const key of keys) host.press(key as "1");
+}
+
+/** Twenty commands at once, a prompt and the end. */
+async function burst(ivr: Ivr): Promise<void> {
+  const began = performance.now();
+  await Promise.all(Array.from({ length: 20 }, (_, i) => ivr.set({ [`V${i}`]: "1" })));
+  if (performance.now() - began > 2000) throw new Error("stalled");
+  await ivr.gather({ prompt: "beep", maxDigits: 2, timeout: 20 });
+  await ivr.exit();
+}
+
+test("tcp: bursts of many calls are acknowledged, and each call ends as its caller ends it", async () => {
+  const server = await served(burst);
   const hosts = await Promise.all(Array.from({ length: 20 }, async (_, i) => {
-    const host = new Asterisk(await connected(server.port), { sounds: { beep: 0.02 } });
+    const host = await standIn(server.port, { sounds: { beep: 0.02 } });
     if (i % 4 === 1) setTimeout(() => host.hangUp(), i);
     if (i % 4 === 2) host.press("1");
     return host;
   }));
-  // A peer that is no Asterisk at all
-  const noise = connect({ port: server.port, host: "127.0.0.1" });
-  await new Promise<void>((resolve) =>
-    noise.on("error", () => {}).on("close", () => resolve()).end("\xff\n".repeat(20_000)).resume()
-  );
   const left = await Promise.all(hosts.map((host) => host.left));
   await server.close();
   assert.deepEqual(left, hosts.map((_, i) => i % 4 === 1 ? "hungup" : "continued"));
-  assert.equal(endings.filter((by) => by === "exit").length, 15);
-  assert.equal(endings.filter((by) => by === "caller").length, 5);
+  assert.deepEqual(server.endings.sort(), [...Array(5).fill("caller"), ...Array(15).fill("exit")]);
+});
+
+test("tcp: a peer that is no Asterisk at all is no other call's failure", async () => {
+  const server = await served(burst);
+  const host = await standIn(server.port, { sounds: { beep: 0.02 } });
+  const noise = dialed(server.port);
+  noise.end("\xff\n".repeat(20_000));
+  await ended(noise);
+  assert.equal(await host.left, "continued");
+  await server.close();
+  assert.deepEqual(server.endings.sort(), ["disconnect", "exit"]);
 });
 
 test("tcp: the caller's hangup is not lost to the reset that comes with it", async () => {
-  const endings: string[] = [];
   const server = await served(async (ivr) => {
-    ivr.closed.then(({ by }) => endings.push(by));
     for (;;) {
       ivr.log("x".repeat(100));
       await ivr.set({ A: "1".repeat(200) });
     }
   });
   for (let i = 0; i < 100; i++) {
-    const socket = connect({ port: server.port, host: "127.0.0.1", noDelay: true });
+    const socket = dialed(server.port).on("error", () => {});
     await new Promise<void>((resolve) => {
-      socket.on("error", () => {}).on("close", () => resolve());
-      socket.once("readable", () => {
+      socket.on("close", () => resolve()).once("readable", () => {
         socket.read(10); // the rest stays unread, which makes the close a reset
         socket.write("H,1795372496\n", () => socket.destroy());
       });
     });
   }
   await server.close();
-  assert.equal(endings.length, 100);
-  assert.ok(endings.filter((by) => by === "caller").length >= 98, endings.join(" "));
-  assert.ok(!endings.includes("error"));
+  assert.equal(server.endings.length, 100);
+  assert.ok(server.endings.filter((by) => by === "caller").length >= 98, server.endings.join(" "));
+  assert.ok(!server.endings.includes("error"));
 });
 
 test("tcp: a session that overflows breaks off its own connection, and nothing else", async () => {
-  const server = await served(async (session) => {
-    assert.ok(code("overflow")((await session.closed).error));
+  const server = await served(async (ivr) => {
+    assert.ok(code("overflow")((await ivr.closed).error));
   });
-  const socket = connect({ port: server.port, host: "127.0.0.1" });
-  await new Promise<void>((resolve) =>
-    socket.on("error", () => {}).on("close", () => resolve()).resume().write("1,1\n".repeat(300_000))
-  );
+  const socket = dialed(server.port);
+  socket.write("1,1\n".repeat(300_000));
+  await ended(socket);
   await server.close();
 });
 
-/** Tests of programs: Windows has neither signals nor files that run by their first line, and no Asterisk. */
-const onUnix = process.platform === "win32" ? test.skip : test;
+const example = (file: string) => fileURLToPath(new URL(`./examples/${file}`, import.meta.url));
 
-const runtime = "Deno" in globalThis ? ["run", "--quiet", "--no-check", "--allow-all"] : [];
-const example = (name: string) => fileURLToPath(new URL(`./examples/${name}`, import.meta.url));
+/** An example as this runtime runs it. */
+function command(file: string, ...args: string[]): string[] {
+  const options = "Deno" in globalThis ? ["run", "--quiet", "--no-check", "--allow-all"] : [];
+  return [process.execPath, ...options, example(file), ...args];
+}
 
-/** Runs a file as this runtime runs it, and gives what it said. */
-async function ran(file: string, ...args: string[]): Promise<{ code: number | null; out: string; err: string }> {
-  const child = spawn(process.execPath, [...runtime, example(file), ...args], { stdio: ["ignore", "pipe", "pipe"] });
+/** The same as the dialplan calls it: not by its first line, so that the runtime is this one. */
+function program(file: string, ...args: string[]): string {
+  const [path, ...rest] = command(file, ...args);
+  return `${path}(${rest.join(",")})`;
+}
+
+/** A program under way: what it has said, a wait for what it will say, and its exit status when it is over. */
+function started([path, ...args]: string[], env: Record<string, string> = {}) {
+  const group = path === "npx"; // which starts others
+  const child = spawn(path!, args, { stdio: "pipe", detached: group, env: { ...process.env, ...env } });
   const said = { out: "", err: "" };
   child.stdout.on("data", (data) => said.out += data);
   child.stderr.on("data", (data) => said.err += data);
-  const code = await new Promise<number | null>((resolve) => child.once("close", resolve));
-  return { code, ...said };
+  let status: number | null | undefined;
+  const closed = new Promise<number | null>((resolve) => child.once("close", (is) => resolve(status = is)));
+  const kill = (signal: string) => {
+    if (status === undefined) process.kill(group ? -child.pid! : child.pid!, signal); // Deno's child.kill() forgets its end
+    return closed;
+  };
+  const says = async (what: RegExp, times = 1) => {
+    const spoke = () => (said.out + said.err).split(what).length > times;
+    await until(() => spoke() || status !== undefined);
+    assert.ok(spoke(), `${what} was not said: ${said.out}${said.err}`);
+  };
+  const [stop, leave] = [() => kill("SIGTERM"), async () => void await kill("SIGKILL")];
+  return { child, said, says, closed, kill, stop, [Symbol.asyncDispose]: leave };
 }
 
-onUnix("stdio: the menu as a program", async () => {
-  const child = spawn(process.execPath, [...runtime, example("menu.ts"), "support"], { stdio: "pipe" });
-  const closed = new Promise((resolve) => child.once("close", resolve));
-  const host = new Asterisk({
-    readable: Readable.toWeb(child.stdout),
-    writable: Writable.toWeb(child.stdin),
-    stderr: Readable.toWeb(child.stderr),
-  }, {
-    application: "/path/menu.ts",
-    args: ["support"],
-    sounds: () => 0.01,
+/** A program that listens, with its port. */
+async function serving(command: string[], env?: Record<string, string>) {
+  const server = started(command, env);
+  await server.says(/(?:Listening|Waiting|Started).*:\d+\/?\n/);
+  return { ...server, port: Number(/:(\d+)\/?\n/.exec(server.said.out + server.said.err)![1]) };
+}
+
+/** Runs an example to its end. */
+async function ran(file: string, ...args: string[]) {
+  const { closed, said } = started(command(file, ...args));
+  return { status: await closed, ...said };
+}
+
+/** Runs an example in wrong ways, which are answered with what is wrong in a certain form, and asks it for help. */
+async function assertUsage(file: string, wrong: [args: string[], why: RegExp][], form: RegExp, help: RegExp) {
+  const [asked, ...answers] = await Promise.all(
+    [["--help"], ...wrong.map(([args]) => args)].map((args) => ran(file, ...args)),
+  );
+  for (const [i, { status, err, out }] of answers.entries()) {
+    assert.deepEqual([status, out], [2, ""], wrong[i]![0].join(" "));
+    assert.match(err, wrong[i]![1]);
+    assert.match(err, form);
+  }
+  assert.equal(asked!.status, 0);
+  assert.match(asked!.out, help);
+}
+
+/** Whether nobody listens any more. */
+const refused = (port: number) =>
+  new Promise<boolean>((resolve) => {
+    const socket = dialed(port).on("error", () => resolve(true)).on("connect", () => {
+      socket.destroy();
+      resolve(false);
+    });
   });
-  for (const key of "1234#2") host.press(key as "1");
+
+onUnix("menu: as a program it takes its call over its pipes, and ends with it", async () => {
+  await using running = started(command("menu.ts", "support"));
+  const [readable, stderr] = [running.child.stdout, running.child.stderr].map((output) => Readable.toWeb(output));
+  const streams = { readable: readable!, writable: Writable.toWeb(running.child.stdin), stderr };
+  const host = new Asterisk(streams, { application: "/path/menu.ts", args: ["support"], sounds: () => 0.01 });
+  press(host, "1234#2");
   assert.equal(await host.left, "continued");
-  assert.equal(await closed, 0);
+  assert.equal(await running.closed, 0);
   assert.deepEqual(host.variables, { ACCOUNT: "1234", DEPARTMENT: "support" });
   assert.ok(!host.log.some((line) => line.startsWith("stderr")), host.log.join("\n"));
 });
 
-onUnix("stdio: a program whose stdout is gone ends as it should, whenever its stdin does", async () => {
+onUnix("menu: as a program whose stdout is gone it ends as it should, whenever its stdin does", async () => {
   await Promise.all([0, 1, 5, 20, 50].map(async (ms) => {
-    const child = spawn(process.execPath, [...runtime, example("menu.ts")], { stdio: ["pipe", "pipe", "inherit"] });
-    const closed = new Promise((resolve) => child.once("close", resolve));
-    await new Promise((resolve) => child.stdout.once("data", resolve));
-    child.stdout.destroy(); // the next wake-up finds it
+    await using running = started(command("menu.ts"));
+    await new Promise((resolve) => running.child.stdout.once("data", resolve));
+    running.child.stdout.destroy(); // the next wake-up finds it
     await new Promise((resolve) => setTimeout(resolve, ms));
-    child.stdin.end("E,1\n");
-    assert.equal(await closed, 0, `${ms} ms`);
+    running.child.stdin.end("E,1\n");
+    assert.equal(await running.closed, 0, `${ms} ms: ${running.said.err}`);
   }));
 });
 
-/** Calls with the telephone; `node menu.ts` and not its first line, so that the runtime is this one. */
-const phone = (...args: string[]) => ran("phone.ts", ...args);
-const program = (file: string, ...args: string[]) =>
-  `${process.execPath}(${[...runtime, example(file), ...args].join(",")})`;
+onUnix("menu: as a server it takes calls until a signal comes, and those under way end first", async () => {
+  await using server = await serving(command("menu.ts", "--listen", "127.0.0.1:0"));
+  const hosts = await Promise.all([1, 2, 3].map(() => standIn(server.port, { sounds: () => 0.3 })));
+  await until(() => hosts.every((host) => host.found.size));
+  hosts[1]!.hangUp();
+  assert.equal(await hosts[1]!.left, "hungup");
+  const stopped = server.stop();
+  await until(() => refused(server.port));
+  for (const host of hosts) press(host, "1234#1");
+  assert.deepEqual(await Promise.all(hosts.map(({ left }) => left)), ["continued", "hungup", "continued"]);
+  assert.equal(await stopped, 0);
+  assert.equal(server.said.out, "");
+});
 
-onUnix("phone: calls a program, scripted, and its exit status is where the call went", async () => {
-  const sounds = ["hello-world", "agent-user", "vm-press", "digits/1", "digits/2", "auth-thankyou"].flatMap((
-    name,
-  ) => ["--sound", `${name}=0.05`]);
-  const [exited, hungUp, broken, nobody] = await Promise.all([
-    phone(...sounds, "--set", "CITY=Žižkov", "--caller", "0.1 1234#2", program("menu.ts", "sales")),
-    phone("--caller", "1.5 hangup", program("menu.ts")),
-    phone("/nonexistent/program(1)"),
-    phone("ivr://127.0.0.1:1"),
+/** Options for the telephone. */
+const sounds = (...lengths: string[]) => lengths.flatMap((length) => ["--sound", length]);
+
+onUnix("phone: calls a program as scripted, and ends well where the dialplan goes on", async () => {
+  const short = ["hello-world", "agent-user", "vm-press", "digits/1", "digits/2", "auth-thankyou"];
+  const options = [...sounds(...short.map((name) => `${name}=0.05`)), "--set", "CITY=Žižkov"];
+  const { status, out, err } = await ran("phone.ts", ...options, "--caller", "0.1 1234#2", program("menu.ts", "sales"));
+  assert.equal(status, 0, err);
+  assert.match(out, /the caller presses #/);
+  assert.match(out, /--> V,ACCOUNT=1234\n/);
+  assert.match(out, /log: Log message from EIVR: account known, department support\n/);
+  assert.match(out, /the dialplan goes on\n$/);
+});
+
+onUnix("phone: its exit status is 1 where the call is hung up, or nobody answers", async () => {
+  const [hungUp, broken, nobody] = await Promise.all([
+    ran("phone.ts", "--caller", "1.5 hangup", program("menu.ts")),
+    ran("phone.ts", "/nonexistent/program(1)"),
+    ran("phone.ts", "ivr://127.0.0.1:1"),
   ]);
-  assert.equal(exited.code, 0, exited.err);
-  assert.match(exited.out, /the caller presses #/);
-  assert.match(exited.out, /--> V,ACCOUNT=1234\n/);
-  assert.match(exited.out, /log: Log message from EIVR: account known, department support\n/);
-  assert.match(exited.out, /the dialplan goes on\n$/);
-  assert.equal(hungUp.code, 1);
+  assert.deepEqual([hungUp, broken, nobody].map(({ status }) => status), [1, 1, 1]);
   assert.match(hungUp.out, /hung up\n$/);
-  assert.equal(broken.code, 1);
   assert.match(broken.err, /Failed to execute '\/nonexistent\/program'/);
-  assert.equal(nobody.code, 1);
   assert.match(nobody.err, /Could not connect/);
+});
+
+onUnix("phone: tells what became of each prompt, and ends without a word when nobody reads on", async () => {
+  const options = [...sounds("hello-world=0.05"), "--caller", "1 1234#2"];
+  await using phone = started(command("phone.ts", ...options, program("menu.ts")));
+  await phone.says(/hello-world finished/);
+  phone.child.stdout.destroy(); // and it goes on writing
+  await phone.closed;
+  assert.match(phone.said.out, /<-- Z,\d+,agent-user {2}\(agent-user missing\)\n/);
+  assert.equal(phone.said.err, "");
 });
 
 /** What the telephone keeps of a call in a file of its own. */
@@ -2799,11 +2914,11 @@ async function kept(talk: (file: string) => Promise<unknown>): Promise<Recording
 }
 
 onUnix("phone: keeps a call as a recording, which plays again without it", async () => {
-  const sounds = ["hello-world=9", "vm-press=9", "digits/1=0.1", "digits/2=0.1", "auth-thankyou=0.1"];
   const recording = await kept(async (file) => {
-    const options = [...sounds.flatMap((sound) => ["--sound", sound]), "--set", "CITY=Žižkov", "--transcript", file];
-    const { code, err } = await phone(...options, "--caller", "1.3 1234#, 2.7 2", program("menu.ts", "sales"));
-    assert.equal(code, 0, err);
+    const options = sounds("hello-world=9", "vm-press=9", "digits/1=0.1", "digits/2=0.1", "auth-thankyou=0.1");
+    options.push("--set", "CITY=Žižkov", "--transcript", file, "--caller", "1.3 1234#, 2.7 2");
+    const { status, err } = await ran("phone.ts", ...options, program("menu.ts", "sales"));
+    assert.equal(status, 0, err);
   });
   assert.ok(recording.received.length > 10);
   assert.deepEqual(recording.caller, [[1.3, "press", "1234#"], [2.7, "press", "2"]]);
@@ -2814,204 +2929,95 @@ onUnix("phone: keeps a call as a recording, which plays again without it", async
   assert.deepEqual(again.log, recording.log);
 });
 
-onUnix("phone: keeps a call that the IVR never ends, with the hangup by Ctrl-C in it", async () => {
-  const server = createServer((socket) => void socket.on("error", () => {}).resume());
-  await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
-  const { port } = server.address() as AddressInfo;
+onUnix("phone: Ctrl-C hangs up, and once more leaves an IVR that does not end; the call is kept", async () => {
+  await using server = await listening(createServer((socket) => void socket.on("error", () => {}).resume()));
   const recording = await kept(async (file) => {
-    const call = ["--caller", "0.1 5", "--transcript", file, `ivr://127.0.0.1:${port},i`];
-    const child = spawn(process.execPath, [...runtime, example("phone.ts"), ...call], {
-      stdio: ["ignore", "pipe", "inherit"],
-    });
-    const closed = new Promise((resolve) => child.once("close", resolve));
-    let out = "";
-    let again: ReturnType<typeof setInterval> | undefined; // of two at once a runtime may tell only one
-    child.stdout.on("data", (data) => {
-      out += data;
-      if (!/<-- 5/.test(out) || again) return;
-      process.kill(child.pid!, "SIGINT"); // Deno's child.kill() forgets the end of the child
-      again = setInterval(() => /<-- I/.test(out) && process.kill(child.pid!, "SIGINT"), 100);
-    });
-    child.once("exit", () => clearInterval(again));
-    assert.equal(await closed, 1);
+    const call = `ivr://127.0.0.1:${server.port},i`;
+    await using phone = started(command("phone.ts", "--caller", "0.1 5", "--transcript", file, call));
+    await phone.says(/<-- 5/);
+    phone.kill("SIGINT");
+    await phone.says(/<-- I/);
+    assert.equal(await phone.kill("SIGINT"), 1, phone.said.err);
   });
-  await new Promise((resolve) => server.close(resolve));
   assert.deepEqual(untimedLines(recording), ["5", "I,HANGUP"]);
   assert.equal(recording.caller.at(-1)?.[1], "hangup");
   assert.equal(recording.ended, null);
   assert.deepEqual(untimedLines(await replay(recording)), untimedLines(recording));
 });
 
-onUnix("phone: tells what became of each prompt, and ends without a word when nobody reads on", async () => {
-  const child = spawn(process.execPath, [
-    ...runtime,
-    example("phone.ts"),
-    ...["--sound", "hello-world=0.05", "--caller", "1 1234#2", program("menu.ts")],
-  ], { stdio: ["ignore", "pipe", "pipe"] });
-  const closed = new Promise((resolve) => child.once("close", resolve));
-  let [out, err] = ["", ""];
-  child.stderr.on("data", (data) => err += data);
-  child.stdout.on("data", (data) => {
-    out += data;
-    if (/hello-world finished/.test(out)) child.stdout.destroy(); // and it goes on writing
-  });
-  await closed;
-  assert.match(out, /<-- Z,\d+,agent-user {2}\(agent-user missing\)\n/);
-  assert.equal(err, "");
-});
+/** Wrong use of the telephone. */
+const PHONED: [args: string[], why: RegExp][] = [
+  [[], /nobody to call/],
+  [["ivr://x", "ivr://y"], /one too many/],
+  [["--bogus", "ivr://x"], /bogus/],
+  [["--sound", "beep", "ivr://x"], /NAME=VALUE/],
+  [["--sound", "beep=long", "ivr://x"], /seconds/],
+  [["--sounds", "/nonexistent", "ivr://x"], /nonexistent/],
+  [["--caller", "1 x", "ivr://x"], /"1 x"/],
+  [["--transcript", "/nonexistent/call.json", "ivr://x"], /call\.json/],
+  [["ivr://x,q"], /n, i and d/],
+  [["/bin/x(a"], /parenthesis/],
+];
 
 onUnix("phone: wrong use is answered with what is wrong, and help with help", async () => {
-  const wrong: [string[], RegExp][] = [
-    [[], /nobody to call/],
-    [["ivr://x", "ivr://y"], /one too many/],
-    [["--bogus", "ivr://x"], /bogus/],
-    [["--sound", "beep", "ivr://x"], /NAME=VALUE/],
-    [["--sound", "beep=long", "ivr://x"], /seconds/],
-    [["--sounds", "/nonexistent", "ivr://x"], /nonexistent/],
-    [["--caller", "1 x", "ivr://x"], /"1 x"/],
-    [["--transcript", "/nonexistent/call.json", "ivr://x"], /call\.json/],
-    [["ivr://x,q"], /n, i and d/],
-    [["/bin/x(a"], /parenthesis/],
-  ];
-  const answers = await Promise.all(wrong.map(([args]) => phone(...args)));
-  answers.forEach(({ code, err, out }, i) => {
-    assert.equal(code, 2, wrong[i]![0].join(" "));
-    assert.match(err, wrong[i]![1]);
-    assert.equal(out, "");
-  });
-  const help = await phone("--help");
-  assert.equal(help.code, 0);
-  assert.match(help.out, /--caller/);
-  assert.match(help.out, /--transcript FILE/);
+  await assertUsage("phone.ts", PHONED, /^phone\.ts: .*\nTry phone\.ts --help\n$/, /--caller[^]*--transcript FILE/);
 });
 
-onUnix("menu: as a server it takes calls until a signal comes, and those under way end first", async () => {
-  const child = spawn(process.execPath, [...runtime, example("menu.ts"), "--listen", "127.0.0.1:0"], {
-    stdio: ["ignore", "pipe", "pipe"],
-  });
-  const closed = new Promise((resolve) => child.once("close", resolve));
-  let out = "";
-  child.stdout.on("data", (data) => out += data);
-  const port = await new Promise<number>((resolve) =>
-    child.stderr.on("data", (data) => resolve(Number(/:(\d+)\s*$/.exec(String(data))![1])))
-  );
-  const hosts = await Promise.all([1, 2, 3].map(async () => {
-    const streams = await connected(port);
-    return await new Promise<Asterisk>((resolve) => {
-      const host: Asterisk = new Asterisk(streams, {
-        sounds: () => 0.3,
-        onNote: ({ kind }) => kind === "plays" && resolve(host),
-      });
-    });
-  }));
-  hosts[1]!.hangUp();
-  assert.equal(await hosts[1]!.left, "hungup");
-  process.kill(child.pid!, "SIGTERM");
-  const refused = () =>
-    new Promise<boolean>((resolve) => {
-      const socket = connect({ port, host: "127.0.0.1" });
-      socket.on("connect", () => resolve(false)).on("error", () => resolve(true)).on("connect", () => socket.destroy());
-    });
-  while (!(await refused()));
-  for (const host of hosts) for (const key of "1234#1") host.press(key as "1");
-  assert.equal(await hosts[0]!.left, "continued");
-  assert.equal(await hosts[2]!.left, "continued");
-  assert.equal(await closed, 0);
-  assert.equal(out, "");
-});
+// ---------------------------------------------------------------------------------------------------------
+// 10. The edge and the relay: a call crosses a WebSocket byte for byte; what fails there leaves the dialplan to go on, and
+//     leaves other calls alone
+// ---------------------------------------------------------------------------------------------------------
 
-/** A program that listens, what it has said so far, and how to wait for what it will say. */
-interface Running {
-  port: number;
-  pid: number;
-  said(): string;
-  says(what: RegExp, times?: number): Promise<void>;
-  /** Resolves with the exit status. */
-  stop(signal?: "SIGKILL"): Promise<number | null>;
+/** The address of an edge. */
+const ws = ({ port }: { port: number }, path = "/") => `ws://127.0.0.1:${port}${path}`;
+
+/** The relay to these edges. */
+function relay(edges: string[], options: string[] = [], env?: Record<string, string>) {
+  return serving(command("relay.ts", "--listen", "127.0.0.1:0", ...options, ...edges), env);
 }
-
-/** Starts a program and waits until it listens. */
-async function running(command: string, args: string[], env: Record<string, string> = {}): Promise<Running> {
-  const group = command === "npx"; // which starts others
-  const child = spawn(command, args, {
-    stdio: ["ignore", "pipe", "pipe"],
-    detached: group,
-    env: { ...process.env, ...env },
-  });
-  const closed = new Promise<number | null>((resolve) => child.once("close", resolve));
-  let said = "";
-  const waiting: (() => void)[] = [];
-  for (const output of [child.stdout, child.stderr]) {
-    output.on("data", (data) => {
-      said += data;
-      for (const look of waiting.splice(0)) look();
-    });
-  }
-  const says = (what: RegExp, times = 1) =>
-    new Promise<void>((resolve, reject) => {
-      const look = () => said.split(what).length > times ? resolve() : void waiting.push(look);
-      look();
-      closed.then(() => reject(new Error(`${what} was not said: ${said}`)));
-    });
-  await says(/(?:Listening|Waiting|Started).*:\d+\/?\n/);
-  return {
-    port: Number(/:(\d+)\/?\n/.exec(said)![1]),
-    pid: child.pid!,
-    said: () => said,
-    says,
-    stop: (signal) => {
-      process.kill(group ? -child.pid! : child.pid!, signal ?? "SIGTERM");
-      return closed;
-    },
-  };
-}
-
-const relay = (edges: string[], options: string[] = [], env = {}) =>
-  running(process.execPath, [...runtime, example("relay.ts"), "--listen", "127.0.0.1:0", ...options, ...edges], env);
 
 /** The edge as Bun serves it, or Deno. */
-function edge(env: Record<string, string> = {}): Promise<Running> {
-  if ("Bun" in globalThis) return running(process.execPath, [example("edge.ts")], { PORT: "0", ...env });
-  const [deno, ...first] = "Deno" in globalThis ? [process.execPath] : ["npx", "-y", "-p", "deno@2.9.6", "deno"];
+function edge(env: Record<string, string> = {}) {
+  if ("Bun" in globalThis) return serving(command("edge.ts"), { PORT: "0", ...env });
+  const deno = "Deno" in globalThis ? [process.execPath] : ["npx", "-y", "-p", "deno@2.9.6", "deno"];
   const options = ["--no-check", "--allow-env=TOKEN", "--host", "127.0.0.1", "--port", "0"];
-  return running(deno!, [...first, "serve", ...options, example("edge.ts")], env);
+  return serving([...deno, "serve", ...options, example("edge.ts")], env);
 }
 
-/** An edge in this process that does with its WebSockets what it likes, in bytes. */
-async function bareEdge(
-  take: (socket: Socket, request: string) => void,
-  listen = createServer as (take: (socket: Socket) => void) => Server,
-): Promise<{ address: string; close: () => Promise<void> }> {
-  const sockets = new Set<Socket>();
-  const server = listen((socket) => {
-    sockets.add(socket);
-    socket.on("error", () => {}).on("close", () => sockets.delete(socket)).once("data", (request) => {
-      take(socket, String(request));
-    });
-  });
-  await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
-  return {
-    address: `127.0.0.1:${(server.address() as AddressInfo).port}`,
-    close: () => {
-      for (const socket of sockets) socket.destroy();
-      return new Promise((resolve) => server.close(() => resolve()));
-    },
+/** An edge in this process that does with what comes, in bytes, what it likes. */
+async function bareEdge(take: (socket: Socket, request: string) => void) {
+  const sockets: Socket[] = [];
+  const server = await listening(createServer((socket) => {
+    sockets.push(socket);
+    socket.on("error", () => {}).once("data", (request) => take(socket, String(request)));
+  }));
+  const close = () => {
+    for (const socket of sockets) socket.destroy();
+    return server.close();
   };
+  return { port: server.port, close, [Symbol.asyncDispose]: close };
 }
 
-/** Answers the request for a WebSocket. */
-function accept(socket: Socket, request: string): void {
-  const key = /^sec-websocket-key: (.*)\r$/mi.exec(request)![1];
-  const hash = createHash("sha1").update(`${key}258EAFA5-E914-47DA-95CA-C5AB0DC85B11`).digest("base64");
-  socket.write(
-    "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n" +
-      `Sec-WebSocket-Accept: ${hash}\r\n\r\n`,
-  );
+const [CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG, END] = [0, 1, 2, 8, 9, 10, 0x80];
+
+/** The same, of frames: what it does first, and what at each frame of the relay's. */
+function frameEdge(
+  begin: (socket: Socket, request: string) => void,
+  take: (socket: Socket, kind: number, payload: Buffer) => void = () => {},
+) {
+  return bareEdge((socket, request) => {
+    const key = /^sec-websocket-key: (.*)\r$/mi.exec(request)![1];
+    const hash = createHash("sha1").update(`${key}258EAFA5-E914-47DA-95CA-C5AB0DC85B11`).digest("base64");
+    const head = "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n";
+    socket.write(`${head}Sec-WebSocket-Accept: ${hash}\r\n\r\n`);
+    socket.on("data", reader((kind, payload) => take(socket, kind, payload)));
+    begin(socket, request);
+  });
 }
 
 /** A frame from the edge. The first byte is its kind, and whether it ends a message. */
-function frame(first: number, payload: Uint8Array): Buffer {
-  const { length } = payload;
+function frame(first: number, payload: string | Uint8Array = ""): Buffer {
+  const { length } = payload = Buffer.from(payload);
   const head = length < 126
     ? [length]
     : length < 65536
@@ -3020,7 +3026,8 @@ function frame(first: number, payload: Uint8Array): Buffer {
   return Buffer.concat([Buffer.from([first, ...head]), payload]);
 }
 
-const [CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG, END] = [0, 1, 2, 8, 9, 10, 0x80];
+/** Ends a WebSocket with a code. */
+const closing = (code: number) => frame(END | CLOSE, Buffer.of(code >> 8, code & 255));
 
 /** Reads the frames of the relay, which are whole messages, short, and masked. */
 function reader(take: (kind: number, payload: Buffer) => void): (data: Uint8Array) => void {
@@ -3038,123 +3045,116 @@ function reader(take: (kind: number, payload: Buffer) => void): (data: Uint8Arra
   };
 }
 
-/** Asterisk's end of a connection: what came, once it has ended. */
-function ended(socket: Socket): Promise<string> {
-  let came = "";
-  return new Promise((resolve) =>
-    socket.on("error", () => {}).on("data", (data) => came += data.toString("latin1")).on("close", () => resolve(came))
-  );
-}
-
-const dialed = (port: number) => connect({ port, host: "127.0.0.1", noDelay: true });
-
-onUnix("edge: calls over the relay, to their end and to the caller's hangup", { timeout: 120_000 }, async () => {
+onUnix("edge: calls come over the relay, to their end or the caller's, and nothing of them is logged", async () => {
   const env = { TOKEN: "secret" };
-  const far = await edge(env);
-  const near = await relay([`ws://127.0.0.1:${far.port}/`], [], env);
+  await using far = await edge(env);
+  await using near = await relay([ws(far)], [], env);
   const hosts = await Promise.all(Array.from({ length: 10 }, async (_, i) => {
-    const host: Asterisk = new Asterisk(await connected(near.port), {
+    const host: Asterisk = await standIn(near.port, {
       sounds: () => 0.01,
       args: ["sales"],
       onNote: ({ kind }) => i % 2 && kind === "plays" && host.hangUp(),
     });
-    if (i % 2 === 0) { for (const key of "1234#2") host.press(key as "1"); }
+    if (i % 2 === 0) press(host, "1234#2");
     return host;
   }));
-  assert.deepEqual(
-    await Promise.all(hosts.map(({ left }) => left)),
-    hosts.map((_, i) => i % 2 ? "hungup" : "continued"),
-  );
+  const left = await Promise.all(hosts.map((host) => host.left));
+  assert.deepEqual(left, hosts.map((_, i) => i % 2 ? "hungup" : "continued"));
   assert.deepEqual(hosts[0]!.variables, { ACCOUNT: "1234", DEPARTMENT: "support" });
   assert.equal(await near.stop(), 0);
-  assert.equal(near.said().match(/ began, /g)!.length, 10);
-  assert.equal(near.said().match(/ ended: Asterisk closed/g)!.length, 10);
-  assert.doesNotMatch(near.said(), /1234|secret/);
-  await far.stop();
+  assert.equal(near.said.err.match(/ began, /g)!.length, 10);
+  assert.equal(near.said.err.match(/ ended: Asterisk closed/g)!.length, 10);
+  assert.doesNotMatch(near.said.err, /1234|secret/);
 });
 
-onUnix("edge: who may call", { timeout: 120_000 }, async () => {
-  const far = await edge({ TOKEN: "secret" });
-  const asked = (lines: string[]) =>
-    new Promise<string>((resolve) => {
-      const socket = dialed(far.port).once("data", (data) => {
-        socket.destroy();
-        resolve(String(data).slice(9, 12));
-      });
-      socket.write(`GET / HTTP/1.1\r\nHost: x\r\n${lines.map((line) => `${line}\r\n`).join("")}\r\n`);
-    });
-  const upgrade = ["Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13"];
-  const key = "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==";
-  const token = "Authorization: Bearer secret";
-  const table: [string, string[]][] = [
-    ["426", [token]],
-    ["401", [...upgrade, key]],
-    ["401", [...upgrade, key, "Authorization: Bearer secrex"]],
-    ["401", [...upgrade, key, "Authorization: Bearer secret2"]],
-    ["401", [...upgrade, key, "Authorization: Bearer "]],
-    ["403", [...upgrade, key, token, "Origin: https://example.com"]],
-    ["400", [...upgrade, token]],
-    ["101", [...upgrade, key, token]],
-  ];
-  assert.deepEqual(await Promise.all(table.map(([, lines]) => asked(lines))), table.map(([status]) => status));
-  await far.stop();
+const UPGRADE = ["Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13"];
+const KEY = "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==";
+const ALLOWED = "Authorization: Bearer secret";
+
+/** The heads of requests, and how an edge answers whose token is `secret`. */
+const REQUESTS: [status: string, head: string[]][] = [
+  ["426", [ALLOWED]],
+  ["401", [...UPGRADE, KEY]],
+  ["401", [...UPGRADE, KEY, "Authorization: Bearer secrex"]],
+  ["401", [...UPGRADE, KEY, "Authorization: Bearer secret2"]],
+  ["401", [...UPGRADE, KEY, "Authorization: Bearer "]],
+  ["403", [...UPGRADE, KEY, ALLOWED, "Origin: https://example.com"]],
+  ["400", [...UPGRADE, ALLOWED]],
+  ["101", [...UPGRADE, KEY, ALLOWED]],
+];
+
+/** Sends a request, and gives the status of the answer and the connection. */
+async function requested(port: number, head: string[]) {
+  const socket = dialed(port);
+  socket.write(`GET / HTTP/1.1\r\nHost: x\r\n${head.map((line) => `${line}\r\n`).join("")}\r\n`);
+  const answer = await new Promise((resolve) => socket.once("data", resolve));
+  return { status: String(answer).slice(9, 12), socket };
+}
+
+onUnix("edge: who has the token may call, but no browser may", async () => {
+  await using far = await edge({ TOKEN: "secret" });
+  const answers = await Promise.all(REQUESTS.map(async ([, head]) => {
+    const { status, socket } = await requested(far.port, head);
+    socket.destroy();
+    return status;
+  }));
+  assert.deepEqual(answers, REQUESTS.map(([status]) => status));
 });
 
-onUnix("edge: a session or its WebSocket ends first, and no other call knows", { timeout: 120_000 }, async () => {
-  const far = await edge();
-  const near = await relay([`ws://127.0.0.1:${far.port}/`]);
-  const other = new Asterisk(await connected(near.port), { sounds: () => 0.01 });
-  // The session ends first: by the last event, by a line without end. The WebSocket does: at once, in a line, behind the end
-  for (
-    const [first, words] of [
-      ["session", "H,1\n"],
-      ["session", "x".repeat(2 ** 21)],
-      ["socket", "P,1,iv"],
-      ["socket", "H,1\n"],
-      ["socket", "E,1\n1,1\n"],
-      ["socket", ""],
-    ] as const
-  ) {
-    const socket = new WebSocket(`ws://127.0.0.1:${far.port}/`);
-    const closed = new Promise((resolve) => socket.addEventListener("close", resolve));
-    await new Promise((resolve) => socket.addEventListener("open", resolve));
-    if (words) socket.send(words);
-    if (first === "socket") socket.close();
-    await closed;
-  }
-  // ... without a word
-  for (let i = 0; i < 5; i++) {
-    const socket = dialed(far.port);
-    socket.write(
-      "GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n" +
-        "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n",
-    );
-    await new Promise((resolve) => socket.once("data", resolve));
-    socket.resetAndDestroy();
-  }
-  for (const key of "1234#2") other.press(key as "1");
-  assert.equal(await other.left, "continued");
+/** Has something happen at an edge while another call goes on there, and gives what the edge said. */
+async function besideACall(happens: (port: number) => Promise<void>): Promise<string> {
+  await using far = await edge();
+  await using near = await relay([ws(far)]);
+  const host = await standIn(near.port, { sounds: () => 0.01 });
+  await happens(far.port);
+  press(host, "1234#2");
+  assert.equal(await host.left, "continued");
   await near.stop();
   await far.stop();
-  assert.match(far.said(), /overflow|more than/);
-  assert.doesNotMatch(far.said(), /WebSocket|controller|stream/i);
+  const said = far.said.out + far.said.err;
+  assert.doesNotMatch(said, /WebSocket|controller|stream/i);
+  return said;
+}
+
+/** Which of the two ends first, upon what: by the last event, by a line without end; at once, in a line, behind the end. */
+const FIRST: ["session" | "socket", words: string][] = [
+  ["session", "H,1\n"],
+  ["session", "x".repeat(2 ** 21)],
+  ["socket", "P,1,iv"],
+  ["socket", "H,1\n"],
+  ["socket", "E,1\n1,1\n"],
+  ["socket", ""],
+];
+
+onUnix("edge: a session or its WebSocket ends first, and no other call knows", async () => {
+  const said = await besideACall(async (port) => {
+    for (const [first, words] of FIRST) {
+      const socket = new WebSocket(ws({ port }));
+      const closed = new Promise((resolve) => socket.addEventListener("close", resolve));
+      await new Promise((resolve) => socket.addEventListener("open", resolve));
+      if (words) socket.send(words);
+      if (first === "socket") socket.close();
+      await closed;
+    }
+  });
+  assert.match(said, /overflow|more than/);
 });
 
-onUnix("edge: after SIGTERM it takes no calls, and those under way end first", { timeout: 120_000 }, async () => {
-  const far = await edge();
-  const near = await relay([`ws://127.0.0.1:${far.port}/`]);
-  const host = await new Promise<Asterisk>((resolve) => {
-    connected(near.port).then((streams) => {
-      const host: Asterisk = new Asterisk(streams, {
-        sounds: () => 0.05,
-        onNote: ({ kind }) => kind === "plays" && resolve(host),
-      });
-    });
+onUnix("edge: a WebSocket is broken off without a word, and no other call knows", async () => {
+  await besideACall(async (port) => {
+    for (let i = 0; i < 5; i++) (await requested(port, [...UPGRADE, KEY])).socket.resetAndDestroy();
   });
+});
+
+onUnix("edge: after SIGTERM it takes no calls, and those under way end first", async () => {
+  await using far = await edge();
+  await using near = await relay([ws(far)]);
+  const host = await standIn(near.port, { sounds: () => 0.05 });
+  await until(() => host.found.size);
   const stopped = far.stop();
   for (;;) {
-    const late = new Asterisk(await connected(near.port), { sounds: () => 1 });
-    if (near.said().includes("503")) {
+    const late = await standIn(near.port, { sounds: () => 1 });
+    if (near.said.err.includes("503")) {
       assert.equal(await late.left, "continued");
       assert.deepEqual(late.variables, { EIVR: "unreachable" });
       break;
@@ -3162,63 +3162,66 @@ onUnix("edge: after SIGTERM it takes no calls, and those under way end first", {
     late.hangUp();
     await late.left;
   }
-  for (const key of "1234#2") host.press(key as "1");
+  press(host, "1234#2");
   assert.equal(await host.left, "continued");
   assert.equal(host.variables.DEPARTMENT, "support");
   await stopped;
-  await near.stop();
 });
 
-onUnix("relay: messages of every kind, size and cut become the bytes of the call", { timeout: 120_000 }, async () => {
-  const random = new Random(SEED);
-  const meant: Buffer[] = [];
-  const frames: Buffer[] = [];
-  const sizes = [0, 1, 125, 126, 127, 65535, 65536, 70_000];
+/** Messages as an edge may send them: their frames, some in two with a ping between, what they mean, and the pings. */
+function randomMessages(random: Random): { wire: Buffer; meant: Buffer; pings: string[] } {
+  const frames: Buffer[] = [], meant: Buffer[] = [], pings: string[] = [];
   for (let i = 0; i < 60; i++) {
-    const payload = Buffer.from(Array.from({ length: random.of(sizes) }, () => random.below(128)));
+    const length = random.of([0, 1, 125, 126, 127, 65535, 65536, 70_000]);
+    const payload = Buffer.from(Array.from({ length }, () => random.below(128)));
     const kind = random.of([TEXT, BINARY]);
     meant.push(payload);
     if (random.below(2)) frames.push(frame(END | kind, payload));
     else {
       const at = random.below(payload.length + 1);
-      const pieces = [frame(kind, payload.subarray(0, at)), frame(END | CONTINUATION, payload.subarray(at))];
-      frames.push(pieces[0]!, frame(END | PING, Buffer.from(`ping ${i}`)), pieces[1]!);
+      frames.push(frame(kind, payload.subarray(0, at)));
+      frames.push(frame(END | PING, pings[pings.push(`ping ${i}`) - 1]));
+      frames.push(frame(END | CONTINUATION, payload.subarray(at)));
     }
   }
-  const pings = frames.filter((bytes) => bytes[0] === (END | PING)).map((bytes) => bytes.subarray(2).toString());
+  return { wire: Buffer.concat(frames), meant: Buffer.concat(meant), pings };
+}
+
+onUnix("relay: messages of every kind, size and cut become the bytes of the call", async () => {
+  const random = new Random(SEED);
+  const { wire, meant, pings } = randomMessages(random);
   const pongs: string[] = [];
   let heard = "";
-  let asked = "";
-  const far = await bareEdge(async (socket, request) => {
-    asked = request;
-    const wire = Buffer.concat(frames);
-    socket.on(
-      "data",
-      reader((kind, payload) => {
-        if (kind === PONG) pongs.push(payload.toString());
-        if (kind === BINARY) heard += payload.toString();
-        if (heard === "1,1\nH,1\n" && pongs.length === pings.length) {
-          socket.end(frame(END | CLOSE, Buffer.from([3, 232])));
-        }
-      }),
-    );
-    accept(socket, request);
+  await using far = await frameEdge(async (socket) => {
     for (let at = 0; at < wire.length;) {
       const size = 1 + random.below(random.of([3, 3000, 100_000]));
       await new Promise((resolve) => socket.write(wire.subarray(at, at += size), resolve));
     }
+  }, (socket, kind, payload) => {
+    if (kind === PONG) pongs.push(payload.toString());
+    if (kind === BINARY) heard += payload.toString();
+    if (heard === "1,1\nH,1\n" && pongs.length === pings.length) socket.end(closing(1000));
   });
-  const near = await relay([`ws://${far.address}/calls?from=here`], [], { TOKEN: "secret" });
+  await using near = await relay([ws(far)]);
   const call = dialed(near.port);
   call.write("1,1\nH,1\n"); // before there is an edge
-  assert.equal(await ended(call), Buffer.concat(meant).toString("latin1"), `SEED=${SEED}`);
+  assert.equal(await ended(call), meant.toString("latin1"), `SEED=${SEED}`);
   assert.deepEqual(pongs, pings);
+});
+
+onUnix("relay: asks an edge with path and token and as no browser, and logs how the call ended", async () => {
+  let asked = "";
+  await using far = await frameEdge((socket, request) => {
+    asked = request;
+    socket.end(closing(1000));
+  });
+  await using near = await relay([ws(far, "/calls?from=here")], [], { TOKEN: "secret" });
+  await ended(dialed(near.port));
   assert.match(asked, /^GET \/calls\?from=here HTTP\/1.1\r\n/);
   assert.match(asked, /^authorization: Bearer secret\r$/mi);
   assert.doesNotMatch(asked, /^origin:/mi);
   await near.says(/1 127\.0\.0\.1:\d+ ws:\/\/127\.0\.0\.1:\d+\/calls ended: the edge closed, 1000, \d+\.\d s\n/);
   assert.equal(await near.stop(), 0);
-  await far.close();
 });
 
 /** A certificate that nobody has reason to trust, and its key. */
@@ -3236,214 +3239,187 @@ SAAwRQIgRmV1R4CkNmfq5pHxz+I5Ia48oBbx8gLX7sHe5r9bmycCIQC4ZssMpRqj+5z/eU4UZvlXmEKk
 -----END CERTIFICATE-----`,
 };
 
-onUnix("relay: an edge that does not answer as it should is passed over", { timeout: 120_000 }, async () => {
-  const edges = await Promise.all([
-    bareEdge((socket) => socket.end("HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\n\r\n")),
-    bareEdge((socket) => socket.end("HTTP/1.1 101 Yes\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n")),
-    bareEdge((socket) => socket.end("no HTTP\r\n\r\n")),
-    bareEdge((socket) => socket.destroy()),
-    bareEdge(() => {}, (take) => createTlsServer(CERTIFICATE, take).on("tlsClientError", () => {})),
-    bareEdge(() => {}), // answers nothing
-  ]);
-  const last = await bareEdge((socket, request) => {
-    accept(socket, request);
-    socket.on("data", reader((kind) => kind === BINARY && socket.end(frame(END | CLOSE, Buffer.alloc(0)))));
-    socket.write(frame(END | TEXT, Buffer.from("E,bye\n")));
-  });
-  const addresses = edges.map(({ address }, i) =>
-    i === 4 ? `wss://${address.replace(/.*:/, "localhost:")}/` : `ws://${address}/`
+/** Edges that do not answer as they should, and what the relay says of them. */
+const BROKEN: [why: RegExp, take: (socket: Socket) => void][] = [
+  [/401/, (socket) => socket.end("HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\n\r\n")],
+  [/no WebSocket/, (socket) => socket.end("HTTP/1.1 101 Yes\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n")],
+  [/./, (socket) => socket.end("no HTTP\r\n\r\n")],
+  [/./, (socket) => socket.destroy()],
+  [/no answer in 3 s/, () => {}],
+];
+
+onUnix("relay: an edge that does not answer as it should is passed over", async () => {
+  const edges = await Promise.all(BROKEN.map(([, take]) => bareEdge(take)));
+  await using untrusted = await listening(createTlsServer(CERTIFICATE).on("tlsClientError", () => {}));
+  await using last = await frameEdge(
+    (socket) => socket.write(frame(END | TEXT, "E,bye\n")),
+    (socket, kind) => kind === BINARY && socket.end(frame(END | CLOSE)),
   );
-  const near = await relay(["ws://127.0.0.1:1/", ...addresses, `ws://${last.address}/`]);
+  const wss = `wss://localhost:${untrusted.port}/`;
+  await using near = await relay(["ws://127.0.0.1:1/", wss, ...[...edges, last].map((edge) => ws(edge))]);
   const call = dialed(near.port);
   call.write("1,1\n");
   assert.equal(await ended(call), "E,bye\n");
   await near.stop();
-  const [, ...said] = near.said().trim().split("\n");
-  const why = [/REFUSED/, /401/, /no WebSocket/, /./, /./, /certificate|signed/i, /no answer in 3 s/].map((reason) =>
-    RegExp(` failed: .*${reason.source}.*, \\d\\.\\d s$`)
-  );
-  assert.equal(said.length, why.length + 2, near.said());
-  why.forEach((line, i) => assert.match(said[i]!, line));
-  assert.match(said.at(-2)!, / began, 3\.\d s$/);
-  assert.match(said.at(-1)!, / ended: the edge closed, 3\.\d s$/);
-  for (const { close } of [...edges, last]) await close();
+  const [, ...said] = near.said.err.trim().split("\n");
+  const reasons = [/REFUSED/, /certificate|signed/i, ...BROKEN.map(([why]) => why)];
+  const failed = reasons.map(({ source, flags }) => RegExp(` failed: .*(?:${source}).*, \\d\\.\\d s$`, flags));
+  assert.equal(said.length, failed.length + 2, near.said.err);
+  for (const line of [...failed, / began, 3\.\d s$/, / ended: the edge closed, 3\.\d s$/]) {
+    assert.match(said.shift()!, line);
+  }
+  for (const edge of edges) await edge.close();
 });
 
-onUnix(
-  "relay: where no edge answers, or there are too many calls, the dialplan goes on",
-  { timeout: 120_000 },
-  async () => {
-    const far = await bareEdge(accept);
-    const [nobody, few] = await Promise.all([
-      relay(["ws://127.0.0.1:1/", "ws://127.0.0.1:2/"]),
-      relay([`ws://${far.address}/`], ["--max-calls", "1"]),
-    ]);
-    const first = dialed(few.port);
-    await few.says(/began/);
-    const hosts = await Promise.all(
-      [nobody, few].map(async ({ port }) => new Asterisk(await connected(port), { sounds: () => 1 })),
-    );
-    assert.deepEqual(await Promise.all(hosts.map(({ left }) => left)), ["continued", "continued"]);
-    assert.deepEqual(hosts.map(({ variables }) => variables), [{ EIVR: "unreachable" }, { EIVR: "busy" }]);
-    first.end();
-    await few.says(/1 \S+ \S+ ended: Asterisk closed/);
-    assert.equal(await nobody.stop(), 0);
-    await few.stop();
-    await far.close();
-  },
-);
+onUnix("relay: where no edge answers, the dialplan goes on", async () => {
+  await using near = await relay(["ws://127.0.0.1:1/", "ws://127.0.0.1:2/"]);
+  const host = await standIn(near.port, { sounds: () => 1 });
+  assert.equal(await host.left, "continued");
+  assert.deepEqual(host.variables, { EIVR: "unreachable" });
+  assert.equal(await near.stop(), 0);
+});
 
-onUnix("relay: a caller who leaves while it connects costs nothing", { timeout: 120_000 }, async () => {
+onUnix("relay: where there are too many calls, the dialplan goes on", async () => {
+  await using far = await frameEdge(() => {});
+  await using near = await relay([ws(far)], ["--max-calls", "1"]);
+  const first = dialed(near.port);
+  await near.says(/began/);
+  const second = await standIn(near.port, { sounds: () => 1 });
+  assert.equal(await second.left, "continued");
+  assert.deepEqual(second.variables, { EIVR: "busy" });
+  first.end();
+  await near.says(/1 \S+ \S+ ended: Asterisk closed/);
+});
+
+onUnix("relay: a caller who leaves while it connects costs nothing", async () => {
   const gone = Promise.withResolvers<void>();
-  const far = await bareEdge((socket) => {
+  await using far = await bareEdge((socket) => {
     socket.on("close", () => gone.resolve());
     call.end("H,1\n");
   });
-  const near = await relay([`ws://${far.address}/`, `ws://${far.address}/second`]);
+  await using near = await relay([ws(far), ws(far, "/second")]);
   const call = dialed(near.port);
   await gone.promise;
   await near.says(/ended: Asterisk closed, [01]\.\d s\n/);
   await near.stop();
-  assert.doesNotMatch(near.said(), /began|failed|second/);
-  await far.close();
+  assert.doesNotMatch(near.said.err, /began|failed|second/);
 });
 
-onUnix(
-  "relay: who floods and who does not read is dropped, and the memory stays small",
-  { timeout: 120_000 },
-  async () => {
-    const flood = (write: () => boolean, socket: Socket) => {
-      const go = () => {
-        while (!socket.destroyed && write());
-      };
-      socket.on("drain", go);
-      go();
-    };
-    const line = Buffer.alloc(65_536, "L,x\n");
-    const edges = await Promise.all([
-      bareEdge((socket, request) => {
-        accept(socket, request);
-        flood(() => socket.write(frame(END | BINARY, line)), socket);
-      }),
-      bareEdge((socket, request) => {
-        accept(socket, request);
-        socket.write(Buffer.from([END | BINARY, 127, 0, 0, 0, 0, 64, 0, 0, 0])); // one message of a gigabyte
-        flood(() => socket.write(line), socket);
-      }),
-      bareEdge((socket, request) => {
-        accept(socket, request);
-        socket.pause();
-      }),
-    ]);
-    for (const [i, { address, close }] of edges.entries()) {
-      const near = await relay([`ws://${address}/`]);
-      await Promise.all(Array.from({ length: 20 }, async () => {
-        const call = dialed(near.port).on("error", () => {}).pause();
-        if (i === 2) flood(() => call.write(line), call);
-        const closed = new Promise((resolve) => call.on("close", resolve));
-        await near.says(/does not read/, 20);
-        call.resume();
-        await closed;
-      }));
-      assert.equal(near.said().match(i === 2 ? /the edge does not read/g : /Asterisk does not read/g)!.length, 20);
-      if (process.platform === "linux") {
-        const [, peak] = /^VmHWM:\s*(\d+) kB$/m.exec(readFileSync(`/proc/${near.pid}/status`, "utf8"))!;
-        assert.ok(Number(peak) < 300 * 1024, `${peak} kB`);
-      }
-      await near.stop();
-      await close();
+const LINE = Buffer.alloc(65_536, "L,x\n");
+
+/** Writes on and on, as long as what is written is taken. */
+function flood(socket: Socket, data: Uint8Array): void {
+  const go = () => {
+    while (!socket.destroyed && socket.write(data));
+  };
+  socket.on("drain", go);
+  go();
+}
+
+/** Who floods whom, what edge and caller do for it, and what the relay says. */
+const FLOODS: [who: string, edge: (socket: Socket) => void, caller: (socket: Socket) => void, says: RegExp][] = [
+  ["an edge", (socket) => flood(socket, frame(END | BINARY, LINE)), () => {}, /Asterisk does not read/g],
+  [
+    "an edge with a message of a gigabyte",
+    (socket) => {
+      socket.write(Buffer.from([END | BINARY, 127, 0, 0, 0, 0, 64, 0, 0, 0]));
+      flood(socket, LINE);
+    },
+    () => {},
+    /Asterisk does not read/g,
+  ],
+  ["Asterisk", (socket) => socket.pause(), (socket) => flood(socket, LINE), /the edge does not read/g],
+];
+
+for (const [who, edge, caller, says] of FLOODS) {
+  onUnix(`relay: a flood by ${who} ends the call, and the memory stays small`, async () => {
+    await using far = await frameEdge(edge);
+    await using near = await relay([ws(far)]);
+    await Promise.all(Array.from({ length: 20 }, async () => {
+      const call = dialed(near.port).on("error", () => {}).pause();
+      caller(call);
+      const closed = new Promise((resolve) => call.on("close", resolve));
+      await near.says(/does not read/, 20);
+      call.resume();
+      await closed;
+    }));
+    assert.equal(near.said.err.match(says)!.length, 20);
+    if (process.platform === "linux") {
+      const [, peak] = /^VmHWM:\s*(\d+) kB$/m.exec(readFileSync(`/proc/${near.child.pid}/status`, "utf8"))!;
+      assert.ok(Number(peak) < 300 * 1024, `${peak} kB`);
     }
-  },
-);
+  });
+}
 
-onUnix(
-  "relay: an edge that dies without a word is noticed, one that is only quiet is not",
-  { timeout: 120_000 },
-  async () => {
-    const far = await edge();
-    let pings = 0;
-    const quiet = await bareEdge((socket, request) => {
-      accept(socket, request);
-      socket.on(
-        "data",
-        reader((kind, payload) => {
-          if (kind === PING) socket.write(frame(END | PONG, payload));
-          if (kind === PING && ++pings === 5) socket.end(frame(END | CLOSE, Buffer.from([3, 233])));
-        }),
-      );
-    });
-    const nears = await Promise.all(
-      [far.port, quiet.address.replace(/.*:/, "")].map((port) => relay([`ws://127.0.0.1:${port}/`], ["--ping", "0.3"])),
-    );
-    const calls = nears.map(({ port }) => dialed(port));
-    const over = calls.map(ended);
-    await Promise.all(nears.map(({ says }) => says(/began/)));
-    const stopped = "Bun" in globalThis || "Deno" in globalThis ? far.pid : -far.pid;
-    process.kill(stopped, "SIGSTOP");
-    await nears[0]!.says(/ended: the edge is silent/);
-    await nears[1]!.says(/ended: the edge closed, 1001/);
-    await Promise.all(over);
-    process.kill(stopped, "SIGCONT");
-    await Promise.all(nears.map(({ stop }) => stop()));
-    await far.stop();
-    await quiet.close();
-  },
-);
+onUnix("relay: an edge that dies without a word is noticed", async () => {
+  await using far = await edge();
+  await using near = await relay([ws(far)], ["--ping", "0.3"]);
+  const over = ended(dialed(near.port));
+  await near.says(/began/);
+  far.kill("SIGSTOP");
+  await near.says(/ended: the edge is silent/);
+  await over;
+});
 
-onUnix("relay: an edge that is killed ends its calls; SIGTERM lets them end", { timeout: 120_000 }, async () => {
-  const killed = await edge();
-  const far = await edge();
-  const near = await relay([killed, far].map(({ port }) => `ws://127.0.0.1:${port}/`));
+onUnix("relay: an edge that is only quiet keeps its calls", async () => {
+  let pings = 0;
+  await using far = await frameEdge(() => {}, (socket, kind, payload) => {
+    if (kind !== PING) return;
+    socket.write(frame(END | PONG, payload));
+    if (++pings === 5) socket.end(closing(1001));
+  });
+  await using near = await relay([ws(far)], ["--ping", "0.3"]);
+  await ended(dialed(near.port));
+  await near.says(/ended: the edge closed, 1001/);
+});
+
+onUnix("relay: an edge that is killed ends its calls, and the next go on to another", async () => {
+  await using killed = await edge();
+  await using far = await edge();
+  await using near = await relay([ws(killed), ws(far)]);
   const lost = ended(dialed(near.port));
   await near.says(/began/);
-  await killed.stop("SIGKILL");
+  await killed.kill("SIGKILL");
   await lost;
   await near.says(/1 \S+ \S+ ended: the edge is gone/);
-  const host = new Asterisk(await connected(near.port), { sounds: () => 0.05 });
+  const host = await standIn(near.port, { sounds: () => 0.05 });
   await near.says(/2 \S+ \S+ began/);
-  const stopped = near.stop();
-  const refused = () =>
-    new Promise<boolean>((resolve) => {
-      const socket = dialed(near.port);
-      socket.on("connect", () => resolve(false)).on("error", () => resolve(true)).on("connect", () => socket.destroy());
-    });
-  while (!(await refused()));
-  for (const key of "1234#2") host.press(key as "1");
+  press(host, "1234#2");
   assert.equal(await host.left, "continued");
-  assert.equal(await stopped, 0);
-  await far.stop();
 });
 
-onUnix("relay: wrong use is answered in a line", { timeout: 120_000 }, async () => {
-  const taken = createServer();
-  await new Promise<void>((resolve) => taken.listen(0, "127.0.0.1", resolve));
-  const port = String((taken.address() as AddressInfo).port);
-  const table: [string[], RegExp][] = [
-    [[], /no edge/],
-    [["ws://[::1/"], /"ws:\/\/\[::1\/"/],
-    [["http://localhost/"], /wss:\/\//],
-    [["ws://x/", "--listen", "x:y"], /"x:y"/],
-    [["ws://x/", "--listen", "70000"], /"70000"/],
-    [["ws://x/", "--listen", port], /in use/i],
-    [["ws://x/", "--max-calls", "0"], /above zero/],
-    [["ws://x/", "--ping", "x"], /above zero/],
-    [["ws://x/", "--bogus"], /bogus/],
-  ];
-  const answers = await Promise.all(table.map(([args]) => ran("relay.ts", ...args)));
-  answers.forEach(({ code, err, out }, i) => {
-    assert.equal(code, 2, table[i]![0].join(" "));
-    assert.match(err, table[i]![1]);
-    assert.match(err, /^relay\.ts: .*\n$/);
-    assert.equal(out, "");
-  });
-  const { code, out } = await ran("relay.ts", "--help");
-  assert.equal(code, 0);
-  assert.match(out, /--max-calls/);
-  await new Promise((resolve) => taken.close(resolve));
+onUnix("relay: after SIGTERM it takes no calls, and those under way end first", async () => {
+  await using far = await edge();
+  await using near = await relay([ws(far)]);
+  const host = await standIn(near.port, { sounds: () => 0.05 });
+  await near.says(/began/);
+  const stopped = near.stop();
+  await until(() => refused(near.port));
+  press(host, "1234#2");
+  assert.equal(await host.left, "continued");
+  assert.equal(await stopped, 0);
+});
+
+/** Wrong use of the relay. */
+const RELAYED: [args: string[], why: RegExp][] = [
+  [[], /no edge/],
+  [["ws://[::1/"], /"ws:\/\/\[::1\/"/],
+  [["http://localhost/"], /wss:\/\//],
+  [["ws://x/", "--listen", "x:y"], /"x:y"/],
+  [["ws://x/", "--listen", "70000"], /"70000"/],
+  [["ws://x/", "--max-calls", "0"], /above zero/],
+  [["ws://x/", "--ping", "x"], /above zero/],
+  [["ws://x/", "--bogus"], /bogus/],
+];
+
+onUnix("relay: wrong use is answered in a line, and help with help", async () => {
+  await using taken = await listening(createServer());
+  const used: typeof RELAYED[0] = [["ws://x/", "--listen", `${taken.port}`], /in use/i];
+  await assertUsage("relay.ts", [...RELAYED, used], /^relay\.ts: .*\n$/, /--max-calls/);
 });
 
 // ---------------------------------------------------------------------------------------------------------
-// 10. Live: with an Asterisk 22, where there is one (`deno task live`)
+// 11. Live: with an Asterisk 22, where there is one (`deno task live`)
 // ---------------------------------------------------------------------------------------------------------
 
 /** A test with the live Asterisk, which has no channel in the end. */
@@ -3880,9 +3856,9 @@ live(
   async (asterisk) => {
     const env = { TOKEN: "secret" };
     const far = await edge(env);
-    const near = await relay(["ws://127.0.0.1:1/", `ws://127.0.0.1:${far.port}/`], [], env);
+    const near = await relay(["ws://127.0.0.1:1/", ws(far)], [], env);
     const alone = await relay(["ws://127.0.0.1:1/"]);
-    const called = async ({ port }: Running, caller: CallerAction[] = []) => {
+    const called = async ({ port }: { port: number }, caller: CallerAction[] = []) => {
       const names = ["ACCOUNT", "DEPARTMENT", "EIVR"];
       const call = await asterisk.call(`ExternalIVR(ivr://127.0.0.1:${port}(sales))`, { names });
       await call.plan(caller);
