@@ -2219,6 +2219,18 @@ test("kit: a script that waits for what never comes fails at once, with the tran
   await call.over();
 });
 
+test("kit: a step of a script takes an hour of the call's time at most", async () => {
+  const call = dial(async (ivr) => {
+    const every = setInterval(() => {}, 60_000);
+    await ivr.closed;
+    clearInterval(every);
+  });
+  await failure(call.hears("thank-you"));
+  assert.ok(call.host.at > 3500 && call.host.at <= 3600);
+  await call.hangUp();
+  await call.over();
+});
+
 test("kit: a script that waits for more when the call is over fails, and one that waits for its end does not", async () => {
   const call = dial((ivr) => ivr.gather({ timeout: Infinity }));
   await call.hangUp();
