@@ -1926,8 +1926,10 @@ test("faults: a connection may be reset or end at any byte, in chunks of any siz
 });
 
 // ---------------------------------------------------------------------------------------------------------
-// 6. The stand-in: it does what a real Asterisk 22 was recorded to do, line by line and within 0.4 s; and what it
-//    records itself, it plays again
+// 6. The stand-in
+//
+// What a real Asterisk 22 was recorded to do it does too, line by line and within 0.4 s; and what it records itself, it
+// plays again.
 // ---------------------------------------------------------------------------------------------------------
 
 /** What came, without the times. */
@@ -1941,7 +1943,7 @@ function assertSame(now: Recording, then: Recording): void {
   assert.deepEqual([untimedLines(now), logged(now)], [untimedLines(then), logged(then)]);
   const times = ({ received, ended }: Recording) => [...received, ...ended ? [ended] : []].map(([at]) => at);
   assert.equal(times(now).length, times(then).length);
-  times(now).forEach((at, i) => assert.ok(Math.abs(at - times(then)[i]!) < 0.4));
+  times(now).forEach((at, i) => assertNear(at, times(then)[i]!, 0.4));
   // Of the variables a live Asterisk tells those that are not empty
   const set = ({ log }: Recording) =>
     log.flatMap((line) => /^CONTINUED (.*)/s.exec(line)?.[1]?.match(/\S+=\S+/g) ?? []);
@@ -1955,7 +1957,7 @@ for (const recorded of recordings()) {
 }
 
 /** Calls of a kind that is not among the recordings. */
-const CALLS: [what: string, (ivr: Ivr) => unknown, Parameters<typeof dial>[1], CallerAction[]?][] = [
+const CALLS: [what: string, (ivr: Ivr) => unknown, DialOptions, CallerAction[]?][] = [
   [
     "a hangup that is left to the menu",
     menu,
@@ -2069,7 +2071,7 @@ const scribbler = (random: Random) => async ({ readable, writable }: Streams) =>
   for (let i = 0; i < 20; i++) {
     const text = random.text([...AWKWARD, "\n", "\n", "\n", ..."SAIDOVGPLTX", "x".repeat(700)], 10);
     await writer.write(utf8(text)).catch(() => {});
-    if (random.below(2)) await new Promise((resolve) => setTimeout(resolve, random.below(500)));
+    if (random.below(2)) await pause(random.below(500));
   }
   await writer.close().catch(() => {});
   for (const line of await got) assert.notEqual(parseEvent(line).type, "unknown", line);
@@ -2085,8 +2087,10 @@ test("stand-in: whatever bytes come in whatever chunks, it tells events, and the
   }));
 
 // ---------------------------------------------------------------------------------------------------------
-// 7. The test kit: a call in a time of its own, with a caller who does what callers can; a script that cannot go on
-//    fails at once and shows the call. A live call that is tapped becomes such a call
+// 7. The test kit
+//
+// A call goes on in a time of its own, with a caller who does what callers can. A script that cannot go on fails at once,
+// and shows the call. A live call that is tapped becomes such a call.
 // ---------------------------------------------------------------------------------------------------------
 
 test("kit: a caller does only what callers can", async () => {
@@ -2148,7 +2152,7 @@ test("kit: a handler's timers run in the call's time, of which minutes are over 
     await ivr.exit();
   });
   await call.over();
-  assert.ok(Math.abs(call.host.at - 299) < 0.01);
+  assertNear(call.host.at, 299, 0.01);
   assert.deepEqual(ticks.map(Math.round), [60, 120, 180, 240]);
   assert.ok(performance.now() - began < 5000);
 });
@@ -2158,7 +2162,7 @@ test("kit: everybody else's timers stay real, and the global functions come back
   let rang = false;
   const before = setTimeout(() => rang = true, 100_000);
   const call = dial(async (ivr) => {
-    await new Promise((resolve) => setTimeout(resolve, 300_000));
+    await pause(300_000);
     await ivr.exit();
   });
   const meanwhile = setTimeout(() => rang = true, 100_000);
@@ -2276,9 +2280,9 @@ test("kit: a transcript is printed once, and nothing from the wire moves the cur
 const sundry = (file: string) => file === "digits/2" ? undefined : 0.3 + file.length / 5;
 
 /** A caller who presses anything, each time so many seconds after the last or up to three more, and perhaps hangs up. */
-function randomCaller(random: Random, pause: number): CallerAction[] {
+function randomCaller(random: Random, rest: number): CallerAction[] {
   const caller: CallerAction[] = [];
-  for (let at = 0.3 * pause; caller.length < 5; at += pause + random.below(3000) / 1000) {
+  for (let at = 0.3 * rest; caller.length < 5; at += rest + random.below(3000) / 1000) {
     caller.push([at, "press", random.text("0123456789*#ABCD", 5) || "1"]);
   }
   if (random.below(2)) caller.push([random.below(20_000) / 1000, "hangup"]);
@@ -2362,8 +2366,9 @@ test("tap: a stream that breaks is an end", async () => {
 });
 
 // ---------------------------------------------------------------------------------------------------------
-// 8. The menu and its voice: whatever a caller does the menu ends the call as they end it; numbers, letters and times are
-//    said as Asterisk says them
+// 8. The menu, and what is said
+//
+// Whatever a caller does, the menu's call ends as they end it. Numbers, letters and times are said as Asterisk says them.
 // ---------------------------------------------------------------------------------------------------------
 
 test("a caller with an account chooses the support", async () => {
@@ -2419,7 +2424,7 @@ test("menu: silence is asked three times, and goes on with the default", async (
 
 test("menu: a hundred random conversations each end as their caller ended them, and leave no timer", () =>
   forAll(100, async (random) => {
-    let ending: unknown;
+    let ending: Ending | undefined;
     const options = random.of(["", "", "i", "n"]);
     const call = dialStreams(async (streams) => ending = await answer(streams, menu), {
       options,
@@ -2630,8 +2635,9 @@ test("say: what cannot be said is an error that names it and the rule", () => {
 });
 
 // ---------------------------------------------------------------------------------------------------------
-// 9. Over real sockets and pipes: calls at once, resets and floods stay each call's own; the menu is a program and a
-//    server; the telephone calls both, and its exit status tells how it went
+// 9. Over TCP, over pipes, and through the telephone: the wall's time, and little of it
+//
+// Calls at once, resets and floods stay each call's own. The menu is a program and a server, which the telephone calls.
 // ---------------------------------------------------------------------------------------------------------
 
 /**
@@ -2646,7 +2652,7 @@ function onUnix(name: string, body: () => Promise<void>): void {
 async function until(holds: () => unknown, seconds = 60): Promise<void> {
   for (const end = performance.now() + seconds * 1000; !await holds();) {
     assert.ok(performance.now() < end, `this did not hold for ${seconds} s: ${holds}`);
-    await new Promise((resolve) => setTimeout(resolve, 10));
+    await pause(10);
   }
 }
 
@@ -2857,7 +2863,7 @@ onUnix("menu: as a program whose stdout is gone it ends as it should, whenever i
     await using running = started(command("menu.ts"));
     await new Promise((resolve) => running.child.stdout.once("data", resolve));
     running.child.stdout.destroy(); // the next wake-up finds it
-    await new Promise((resolve) => setTimeout(resolve, ms));
+    await pause(ms);
     running.child.stdin.end("E,1\n");
     assert.equal(await running.closed, 0, `${ms} ms: ${running.said.err}`);
   }));
@@ -2976,8 +2982,9 @@ onUnix("phone: wrong use is answered with what is wrong, and help with help", as
 });
 
 // ---------------------------------------------------------------------------------------------------------
-// 10. The edge and the relay: a call crosses a WebSocket byte for byte; what fails there leaves the dialplan to go on, and
-//     leaves other calls alone
+// 10. The edge and the relay
+//
+// A call crosses a WebSocket byte for byte. Where it cannot, the dialplan goes on, and so does every other call.
 // ---------------------------------------------------------------------------------------------------------
 
 /** The address of an edge. */
@@ -3431,8 +3438,9 @@ onUnix("relay: wrong use is answered in a line, and help with help", async () =>
 });
 
 // ---------------------------------------------------------------------------------------------------------
-// 11. Live, where there is an Asterisk 22 (`deno task live`): it does what the recordings and the stand-in say it does, and
-//     what the promises above say it does; no channel and no process stays
+// 11. Live: with an Asterisk 22, where there is one (`deno task live`)
+//
+// It does what the recordings and the stand-in do, and the promises above hold there. No channel and no process stays.
 // ---------------------------------------------------------------------------------------------------------
 
 /** A test with the live Asterisk, whose channels are gone at its end. */
