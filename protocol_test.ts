@@ -2441,6 +2441,9 @@ test("menu: a hundred random conversations each end as their caller ended them, 
     assert.deepEqual(ending, { by: !hungUp || options === "i" ? "exit" : "caller" });
   }));
 
+const MARKS = "letters/exclaimation-point pound letters/dollar star letters/plus " +
+  "letters/dash letters/dot letters/slash letters/equals letters/at";
+
 /** Applications of the dialplan, and what a live Asterisk played for them: without `digits/` where they begin with it. */
 const SAID: [application: string, played: string][] = [
   ["SayNumber(0)", "0"],
@@ -2481,10 +2484,7 @@ const SAID: [application: string, played: string][] = [
   ["SayDigits(A)", ""],
   ["SayAlpha(a1 .)", "letters/a 1 letters/space letters/dot"],
   ["SayAlpha(Zed)", "letters/z letters/e letters/d"],
-  [
-    "SayAlpha(!#$*+-./=@)",
-    "letters/exclaimation-point pound letters/dollar star letters/plus letters/dash letters/dot letters/slash letters/equals letters/at",
-  ],
+  ["SayAlpha(!#$*+-./=@)", MARKS],
   [
     "SayAlpha(%&'(),:;)",
     "letters/ascii37 letters/ascii38 letters/ascii39 letters/ascii40 letters/ascii41 letters/ascii44 letters/ascii58 letters/ascii59",
@@ -2497,10 +2497,7 @@ const SAID: [application: string, played: string][] = [
   ["SayAlpha(a\té)", "letters/a"],
   ["SayPhonetic(AZ az)", "phonetic/a_p phonetic/z_p letters/space phonetic/a_p phonetic/z_p"],
   ["SayPhonetic(0189)", "0 1 8 phonetic/9_p"],
-  [
-    "SayPhonetic(!#$*+-./=@)",
-    "letters/exclaimation-point pound letters/dollar star letters/plus letters/dash letters/dot letters/slash letters/equals letters/at",
-  ],
+  ["SayPhonetic(!#$*+-./=@)", MARKS],
   ["SayPhonetic(_a)", "phonetic/a_p"],
   ["SayUnixTime(0,UTC,IMp)", "12 oclock a-m"],
   ["SayUnixTime(1751630759,UTC,IMp)", "12 oh 5 p-m"],
