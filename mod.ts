@@ -1100,6 +1100,9 @@ interface Prompt {
   tell: ((outcome: Outcome) => void) | undefined;
 }
 
+/** What is known at once, a turn of the event loop later: who asks for it again and again stops nobody else. */
+const turn = <T>(known: T): Promise<T> => new Promise((resolve) => setTimeout(resolve, 0, known));
+
 /** What a message can be, of any lines: no control characters, no halves of characters, cut to what fits. */
 function messages(lines: unknown[]): string[] {
   const room = new Uint8Array(MAX_COMMAND_BYTES - "L,".length);
@@ -1177,19 +1180,13 @@ export class Ivr extends Session {
    * (Asterisk's own if not given); `w` and `W` are pauses of half a second and a second. Asterisk does nothing else
    * meanwhile. It has this from version 1.8 on.
    */
-  sendDtmf(
-    digits: string,
-    options?: { interval?: number | undefined; duration?: number | undefined },
-  ): Promise<void> {
+  sendDtmf(digits: string, options?: { interval?: number | undefined; duration?: number | undefined }): Promise<void> {
     return this.send({ type: "dtmf", digits, ...options });
   }
 
   /** Writes any text to Asterisk's log: each line by itself, a long one in pieces, control characters as blanks. */
   log(text: string): Promise<void> {
-    return promised((resolve) => {
-      const sent = messages(String(text).split(/[\r\n]/)).map((message) => this.send({ type: "log", message }));
-      resolve(Promise.all(sent.length ? sent : [this.#turn()]).then(ignore));
-    });
+    return this.#all(messages(String(text).split(/[\r\n]/)).map((message) => ({ type: "log", message })), ignore);
   }
 
   /**
@@ -1200,16 +1197,11 @@ export class Ivr extends Session {
    * 2046, since a comma at the cut is lost as well.
    */
   get(...names: string[]): Promise<Record<string, string>> {
-    return promised((resolve) => {
-      const questions = names.map((name) => ({ type: "get" as const, names: [name] }));
-      questions.forEach(formatCommand); // all are good before the first goes out
-      const asked = names.length ? Promise.all(questions.map((question) => this.send(question))) : this.#turn();
-      resolve(asked.then((replies) => {
-        const partial = Object.fromEntries(names.map((name, i) => [name, replies![i]!.slice(name.length + 1)]));
-        const cut = names.find((_, i) => encode(replies![i]!).length >= 2046);
-        if (cut === undefined) return partial;
-        throw new IvrError("truncated", `Cannot get ${cut} whole: Asterisk cuts at 2047 bytes`, { partial });
-      }));
+    return this.#all(names.map((name) => ({ type: "get", names: [name] })), (replies) => {
+      const partial = Object.fromEntries(names.map((name, i) => [name, replies[i]!.slice(name.length + 1)]));
+      const cut = names.find((_, i) => encode(replies[i]!).length >= 2046);
+      if (!cut) return partial;
+      throw new IvrError("truncated", `Cannot get ${cut} whole: Asterisk cuts at 2047 bytes`, { partial });
     });
   }
 
@@ -1225,13 +1217,13 @@ export class Ivr extends Session {
    * Ends the call with a message for the log: any text, on one line, cut to what fits. Resolves when the stream has ended,
    * whoever ended it.
    */
-  hangup(text?: string): Promise<void> {
-    return this.send({ type: "hangup", message: messages([text ?? ""])[0] });
+  hangup(text = ""): Promise<void> {
+    return this.send({ type: "hangup", message: messages([text])[0] });
   }
 
   /** Goes on in the dialplan, with a message for the log. Otherwise as {@linkcode Ivr.hangup}. */
-  exit(text?: string): Promise<void> {
-    return this.send({ type: "exit", message: messages([text ?? ""])[0] });
+  exit(text = ""): Promise<void> {
+    return this.send({ type: "exit", message: messages([text])[0] });
   }
 
   /**
@@ -1317,11 +1309,13 @@ export class Ivr extends Session {
     return super.take(wanted ?? (this.#gathering ? "other" : undefined));
   }
 
-  /** A turn of the event loop, for what has nothing to send; rejects as a command does when the call is over. */
-  #turn(): Promise<void> {
+  /** Sends all of them, or none when one is wrong, and makes a result of their replies. */
+  #all<Result>(commands: IvrCommand[], result: (replies: string[]) => Result): Promise<Result> {
     return promised((resolve) => {
+      commands.forEach(formatCommand);
       this.check();
-      setTimeout(resolve);
+      const sent = commands.map((command) => this.send(command) as Promise<string>);
+      resolve(Promise.all(sent.length ? sent : [turn("")]).then(result));
     });
   }
 
