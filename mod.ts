@@ -1093,12 +1093,8 @@ export interface Gathered {
   outcomes: Outcome[];
 }
 
-/** What is in Asterisk's playlist, as far as we know: a file, or an `I` that is not carried out. */
-interface Prompt {
-  file: string | undefined;
-  /** Who wants to know what becomes of it. */
-  tell: ((outcome: Outcome) => void) | undefined;
-}
+/** What is in Asterisk's playlist, as far as we know: a file and who wants to know of it, or an `I` not yet carried out. */
+type Prompt = { file: string | undefined; tell?: (outcome: Outcome) => void };
 
 /** What is known at once, a turn of the event loop later: who asks for it again and again stops nobody else. */
 const turn = <T>(known: T): Promise<T> => new Promise((resolve) => setTimeout(resolve, 0, known));
@@ -1144,12 +1140,12 @@ export class Ivr extends Session {
 
   /** Clears the playlist, plays the file, and resolves with what became of it. */
   play(file: string): Promise<Outcome> {
-    return promised((resolve) => this.#prompt({ type: "play", file }, resolve));
+    return promised((resolve) => this.#prompt("play", file, resolve));
   }
 
   /** Plays the file after what waits in the playlist, and resolves with what became of it. */
   queue(file: string): Promise<Outcome> {
-    return promised((resolve) => this.#prompt({ type: "queue", file }, resolve));
+    return promised((resolve) => this.#prompt("queue", file, resolve));
   }
 
   /** Stops what plays and clears the playlist. Asterisk has it from version 11 on. */
@@ -1272,9 +1268,7 @@ export class Ivr extends Session {
       const files = pressed ? [] : [prompt].flat();
       const outcomes: Outcome[] = [];
       const told = () => files.every((_, i) => outcomes[i]);
-      for (const [i, file] of files.entries()) {
-        this.#prompt({ type: "queue", file }, (outcome) => (outcomes[i] ??= outcome, change()));
-      }
+      files.forEach((file, i) => this.#prompt("queue", file, (outcome) => (outcomes[i] ??= outcome, change())));
       await this.#within(promptTimeout, () => told() || bargeIn && (pressed ??= key()) || end());
       if (!told() && !this.signal.aborted) this.interrupt();
 
@@ -1319,30 +1313,23 @@ export class Ivr extends Session {
     });
   }
 
-  /** Sends a prompt, and tells what became of it: the first that is told is true. */
-  #prompt(command: IvrCommand, tell: (outcome: Outcome) => void): void {
-    const failed = ({ code, reason }: IvrError) =>
-      tell(code === "ended" ? code : reason === undefined ? "refused" : "missing");
-    this.ask(command, ignore, failed, tell);
+  /** Sends a prompt, and tells what became of it: what is told first is true. */
+  #prompt(type: "play" | "queue", file: string, tell: (outcome: Outcome) => void): void {
+    this.ask({ type, file }, ignore, ({ code, reason }) => tell(reason ? "missing" : code as Outcome));
+    this.#playlist.at(-1)!.tell = tell; // where `ask` has put it
   }
 
   /** Follows what a command does to the playlist. */
-  protected override ask(
-    command: IvrCommand,
-    done: (reply: unknown) => void,
-    fail: (error: IvrError) => void,
-    tell?: (outcome: Outcome) => void,
-  ): void {
+  protected override ask(command: IvrCommand, done: (reply: unknown) => void, fail: (error: IvrError) => void): void {
     const { type, file }: { type: string; file?: string } = command;
     if (!file && type !== "interrupt") return super.ask(command, done, fail);
-    const prompt = { file, tell };
+    const prompt: Prompt = { file };
     super.ask(command, (reply) => {
       // `S` and `I` clear: what is still before them was skipped, and the `I` itself is over
       if (type !== "queue") this.#ended("skipped", this.#playlist.indexOf(prompt) + (file ? 0 : 1));
       done(reply);
     }, (error) => {
-      const at = this.#playlist.indexOf(prompt);
-      if (at >= 0) this.#playlist.splice(at, 1);
+      this.#playlist = this.#playlist.filter((other) => other !== prompt);
       fail(error);
     });
     this.#playlist.push(prompt);
@@ -1350,12 +1337,12 @@ export class Ivr extends Session {
 
   /** Follows the playlist. What should have left it before a file that did, and did not say so, was skipped. */
   protected override received(event: IvrEvent): boolean {
-    if (event.type !== "finished" && event.type !== "interrupted" && event.type !== "dropped") return false;
-    const at = this.#playlist.findIndex(({ file }) => event.file === undefined || file === event.file);
+    const { type, file }: { type: string; file?: string } = event;
+    const at = this.#playlist.findIndex((prompt) => file ? file === prompt.file : type === "interrupted");
     if (at < 0) return false;
     const { tell } = this.#playlist[at]!;
     this.#ended("skipped", at);
-    this.#ended(event.type, 1);
+    this.#ended(type as Outcome, 1);
     return !!tell;
   }
 
