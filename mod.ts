@@ -1241,49 +1241,66 @@ export class Ivr extends Session {
    * }
    * ```
    */
-  gather(options?: GatherOptions): Promise<Gathered> {
-    return promised((resolve) => {
-      options ??= {};
-      checkGather(options);
-      if (this.#gathering) refuse("gather", "gather", options, "the only one under way");
-      this.check();
-      if (this.signal.aborted) throw over(); // with option `i` before the call is
-      while (options.flush && this.take("key"));
-      if (options.signal?.aborted) setTimeout(() => resolve({ digits: "", reason: "aborted", outcomes: [] }));
-      else resolve(this.#gather(options));
-    });
+  gather(options: GatherOptions = {}): Promise<Gathered> {
+    return promised((resolve) => resolve(this.#gather(options)));
   }
 
   async #gather(options: GatherOptions): Promise<Gathered> {
-    const { prompt = [], maxDigits, terminators = "#", timeout = 5000, bargeIn = true, signal } = options;
-    const { interDigitTimeout = timeout, promptTimeout = 300_000 } = options;
-    const change = () => this.change();
-    const key = () => (this.take("key") as { digit: Digit } | undefined)?.digit;
-    const end = () => this.signal.aborted ? "hangup" : signal?.aborted ? "aborted" : undefined;
+    const { prompt = [], maxDigits = Infinity, terminators = "#", bargeIn = true, flush, signal } = options;
+    const { timeout = 5000, interDigitTimeout = timeout, promptTimeout = 300_000 } = options;
+    let files = [prompt].flat();
+    try {
+      checkNumber("gather", "timeout", timeout, 0);
+      checkNumber("gather", "interDigitTimeout", interDigitTimeout, 0);
+      checkNumber("gather", "promptTimeout", promptTimeout, 0);
+      checkNumber("gather", "maxDigits", maxDigits, 1);
+      if (maxDigits % 1) refuse("gather", "maxDigits", maxDigits, "a whole number");
+      if (!/^[\dA-D*#]*$/.test(terminators)) refuse("gather", "terminators", terminators, "keys 0-9 * # A-D");
+      for (const file of files) {
+        try {
+          formatCommand({ type: "queue", file });
+        } catch {
+          refuse("gather", "prompt", file, `${TEXT}, of at most 1020 bytes`);
+        }
+      }
+      if (this.#gathering) refuse("gather", "gather", options, "the only one under way");
+      this.check();
+      if (this.signal.aborted) throw over(); // with option `i` before the call is
+    } catch (error) {
+      throw await turn(error);
+    }
 
+    let digits = "";
+    let end: Pick<Gathered, "reason" | "terminator"> | undefined;
+    const outcomes: Outcome[] = [];
+    const told = () => files.every((_, i) => outcomes[i]);
+    const change = () => this.change();
+    const early = (): typeof end =>
+      this.signal.aborted ? { reason: "hangup" } : signal?.aborted ? { reason: "aborted" } : undefined;
+    const collect = () => {
+      const key = (this.take("key") as { digit: Digit } | undefined)?.digit;
+      if (!key) return end = early();
+      if (terminators.includes(key)) end = { reason: "terminator", terminator: key };
+      else if ((digits += key).length === maxDigits) end = { reason: "maxDigits" };
+      return key;
+    };
+    const skip = bargeIn ? collect : early; // what ends the prompts before they do
+
+    while (flush && this.take("key"));
+    if (signal?.aborted) return turn({ digits, reason: "aborted", outcomes });
     signal?.addEventListener("abort", change);
     this.#gathering = true;
     try {
-      let pressed = bargeIn ? key() : undefined; // early, so that it skips the prompts
-      const files = pressed ? [] : [prompt].flat();
-      const outcomes: Outcome[] = [];
-      const told = () => files.every((_, i) => outcomes[i]);
+      if (skip()) files = []; // a key that waits already
       files.forEach((file, i) => this.#prompt("queue", file, (outcome) => (outcomes[i] ??= outcome, change())));
-      await this.#within(promptTimeout, () => told() || bargeIn && (pressed ??= key()) || end());
-      if (!told() && !this.signal.aborted) this.interrupt();
+      await this.#within(promptTimeout, () => told() || skip());
+      if (!told()) this.interrupt();
 
-      let digits = "";
-      let reason: Gathered["reason"] | undefined;
-      let terminator: Digit | undefined;
-      for (let ms = timeout; !reason; ms = interDigitTimeout) {
-        const found = pressed ?? await this.#within(ms, () => key() ?? end()) ?? "hangup";
-        pressed = undefined;
-        if (found.length > 1) reason = found as Gathered["reason"];
-        else if (terminators.includes(found)) [reason, terminator] = ["terminator", found as Digit];
-        else if ((digits += found).length === maxDigits) reason = "maxDigits";
+      while (!end) {
+        if (await this.#within(digits ? interDigitTimeout : timeout, collect)) end = { reason: "timeout" };
       }
       await this.until(told);
-      return { digits, reason, ...terminator && { terminator }, outcomes };
+      return { digits, ...end, outcomes };
     } finally {
       signal?.removeEventListener("abort", change);
       this.#gathering = false;
@@ -1291,11 +1308,11 @@ export class Ivr extends Session {
     }
   }
 
-  /** Like `until`, but after so many milliseconds finds `timeout`. */
-  #within<Found>(ms: number, look: () => Found | undefined): Promise<Found | "timeout" | undefined> {
-    let late: "timeout" | undefined;
-    const timer = later(() => (late = "timeout", this.change()), ms);
-    return this.until(() => look() || late).finally(() => clearTimeout(timer!));
+  /** Like `until`, for so many milliseconds. Tells whether they passed. */
+  #within(ms: number, look: () => unknown): Promise<boolean> {
+    let late = false;
+    const timer = later(() => (late = true, this.change()), ms);
+    return this.until(() => late || look()).then(() => (clearTimeout(timer!), late));
   }
 
   /** While keys are gathered they are not for the iterators. */
@@ -1349,25 +1366,6 @@ export class Ivr extends Session {
   /** Tells what became of the first files of the playlist. */
   #ended(outcome: Outcome, count = Infinity): void {
     for (const { tell } of this.#playlist.splice(0, count)) tell?.(outcome);
-  }
-}
-
-/** Refuses what a gather cannot do, before anything is sent. */
-function checkGather(options: GatherOptions): void {
-  const { prompt = [], maxDigits = Infinity, terminators = "" } = options;
-  const { timeout = 0, interDigitTimeout = 0, promptTimeout = 0 } = options;
-  checkNumber("gather", "maxDigits", maxDigits, 1);
-  if (maxDigits % 1) refuse("gather", "maxDigits", maxDigits, "a whole number");
-  for (const [field, ms] of Object.entries({ timeout, interDigitTimeout, promptTimeout })) {
-    checkNumber("gather", field, ms, 0);
-  }
-  if (!/^[\dA-D*#]*$/.test(terminators)) refuse("gather", "terminators", terminators, "keys 0-9 * # A-D");
-  for (const file of [prompt].flat()) {
-    try {
-      formatCommand({ type: "queue", file });
-    } catch {
-      refuse("gather", "prompt", file, `${TEXT}, of at most 1020 bytes`);
-    }
   }
 }
 
