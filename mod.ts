@@ -1346,7 +1346,8 @@ export class Ivr extends Session {
       if (type !== "queue") this.#ended("skipped", this.#playlist.indexOf(prompt) + (file ? 0 : 1));
       done(reply);
     }, (error) => {
-      this.#playlist = this.#playlist.filter((other) => other !== prompt);
+      const at = this.#playlist.indexOf(prompt);
+      if (at >= 0) this.#playlist.splice(at, 1);
       fail(error);
     });
     this.#playlist.push(prompt);
@@ -1355,7 +1356,8 @@ export class Ivr extends Session {
   /** Follows the playlist. What should have left it before a file that did, and did not say so, was skipped. */
   protected override received(event: IvrEvent): boolean {
     const { type, file }: { type: string; file?: string } = event;
-    const at = this.#playlist.findIndex((prompt) => file ? file === prompt.file : type === "interrupted");
+    if (!file && type !== "interrupted") return false;
+    const at = this.#playlist.findIndex((prompt) => !file || file === prompt.file);
     if (at < 0) return false;
     const { tell } = this.#playlist[at]!;
     this.#ended("skipped", at);

@@ -1336,12 +1336,15 @@ test("gather: keys that it leaves when the call ends are for the loop", async ()
 
 test("gather: one that was aborted before it began, or that could not begin, leaves the keys to the next", async () => {
   await using host = playHost();
-  host.say("1,1", "2,1");
-  assert.deepEqual(await host.session.gather({ signal: AbortSignal.abort() }), collected("", "aborted"));
+  host.say("1,1", "2,1", "3,1");
+  await pause();
+  const aborted = host.session.gather({ signal: AbortSignal.abort() });
+  assert.deepEqual(await host.session.gather({ timeout: 0, maxDigits: 1 }), collected("1", "maxDigits")); // meanwhile
+  assert.deepEqual(await aborted, collected("", "aborted"));
   for (const options of [{ signal: {} as AbortSignal }, { timeout: "5" as unknown as number }]) {
     await assert.rejects(host.session.gather(options));
   }
-  assert.deepEqual(await host.session.gather({ maxDigits: 2 }), collected("12", "maxDigits"));
+  assert.deepEqual(await host.session.gather({ maxDigits: 2 }), collected("23", "maxDigits"));
 });
 
 test("gather: a key behind the end of the prompts interrupts nothing", async () => {
