@@ -441,9 +441,11 @@ export async function* lines(readable: Source, options?: LinesOptions): AsyncGen
       const { done, value } = await reader.read();
       ended = done;
       const found: string[] = [];
-      cutter.cut(done ? undefined : value, (text, from, to) => found.push(text.slice(from, to)));
-      yield* found;
-      if (cutter.full) throw cutter.overflow();
+      try {
+        cutter.cut(value, (text, from, to) => found.push(text.slice(from, to)));
+      } finally {
+        yield* found;
+      }
     }
   } finally {
     await quietly(() => reader.cancel());
@@ -458,7 +460,6 @@ function checkNumber(doing: string, field: string, value: unknown, least: number
 class Cutter {
   readonly maxBuffer: number;
   rest = ""; // a line whose end is in a later chunk
-  full = false; // a line was longer than that: nothing comes any more
   #decoder?: InstanceType<typeof TextDecoder>; // made with the first bytes: a quiet call costs none
 
   constructor({ maxBuffer = 2 ** 20 }: LinesOptions = {}) {
@@ -466,14 +467,14 @@ class Cutter {
     this.maxBuffer = maxBuffer;
   }
 
-  /** Takes the next chunk; none at the end, which also ends the last line. */
+  /** Takes the next chunk; none at the end, which also ends the last line. Throws where a line is too long. */
   cut(chunk: Uint8Array | undefined, hand: (text: string, from: number, to: number) => void): void {
-    this.#decoder ??= new TextDecoder("utf-8", { fatal: false, ignoreBOM: true });
+    this.#decoder ??= new TextDecoder("utf-8", { ignoreBOM: true });
     let text = this.#decoder.decode(chunk, { stream: !!chunk });
     if (!chunk && (this.rest || text)) text += "\n";
     let from = 0;
     // Only what is new is searched: a long line in small chunks would take for ever
-    for (let to, next; !this.full && (to = text.indexOf("\n", from)) >= 0; from = next) {
+    for (let to, next; (to = text.indexOf("\n", from)) >= 0; from = next) {
       next = to + 1;
       let line = text;
       if (this.rest) {
@@ -483,11 +484,11 @@ class Cutter {
         to = line.length;
       }
       if (line[to - 1] === "\r") to--;
-      if (to - from > this.maxBuffer) this.full = true;
-      else hand(line, from, to);
+      if (to - from > this.maxBuffer) throw this.overflow();
+      hand(line, from, to);
     }
     this.rest += text.slice(from);
-    if (this.rest.length > this.maxBuffer + 1) this.full = true; // one more may be a CR
+    if (this.rest.length > this.maxBuffer + 1) throw this.overflow(); // one more may be a CR
   }
 
   overflow(): IvrError {
@@ -516,9 +517,9 @@ async function quietly(run: () => Promise<unknown>): Promise<void> {
 // 2. the layer above sees everything else (`received`);
 // 3. it waits in the backlog until somebody takes it. Who finds nothing waits in `until` for anything to change.
 //
-// While something is asked `#timer` wakes Asterisk. Last words (`#by`), or a stream that cannot be written any more (`#broken`),
-// stop that: the end of the stream has a second to come (`#patience`). The caller can be gone (`#abort`) before the call is
-// over (`#ending`). `#finish` is the one way to the end: whatever waits is settled there, and both streams close.
+// While something is asked `#timer` wakes Asterisk. Last words, or a stream that breaks, stop that: then it is known how the call
+// ends (`#ending`), and the stream of events has a second to do so (`#patience`). The caller can be gone (`#abort`) before the
+// call is over (`#released`). `#finish` is the one way there: whatever waits is settled, and both streams close.
 
 /** Limits of a {@linkcode Session}. */
 export interface SessionOptions extends LinesOptions {
@@ -556,65 +557,50 @@ interface Asked {
   fail(error: IvrError): void;
 }
 
-/** Somebody who waits for anything to change. */
-interface Waiting {
-  look(): unknown;
-  resolve(found: unknown): void;
-  promise: Promise<unknown>;
-}
-
-/** An event that waits, and what waits behind it in its list. */
-interface Link {
-  event: IvrEvent;
-  /** In characters. */
-  size: number;
-  /** How many came before. */
-  order: number;
+/** What an event may wait behind. */
+interface Place {
   next: Link | undefined;
 }
 
-/** Events in the order in which they came. */
-class List {
-  first: Link | undefined;
-  last: Link | undefined;
+/** An event that waits. */
+interface Link extends Place {
+  event: IvrEvent;
+  kind: "key" | "other";
+  /** In characters. */
+  size: number;
 }
 
-/** The one whose oldest event came first. */
-const before = (a: List, b: List): List => a.first && !(b.first && b.first.order < a.first.order) ? a : b;
-
-/** What came and nobody has taken. Adding costs the same however much waits, and so does taking the oldest of any kind. */
-class Backlog {
+/**
+ * What came and nobody has taken, in order. Adding costs the same however much waits, and so does taking the oldest of a kind:
+ * who wants the other kind than the oldest is of goes on where the last one stopped.
+ */
+class Backlog extends Cutter {
   size = 0; // in characters
-  #count = 0; // of all that ever came
-  #keys = new List();
-  #others = new List();
-  #told = new List(); // others of which a promise told
+  next: Link | undefined; // the oldest
+  #last: Place = this; // the youngest
+  #run: Place = this; // the last of those in front that were seen to be of one kind
 
-  add(event: IvrEvent, size: number, told: boolean): void {
-    const list = event.type === "dtmf" ? this.#keys : told ? this.#told : this.#others;
-    const link = { event, size, order: this.#count++, next: undefined };
-    if (list.first) list.last!.next = link;
-    else list.first = link;
-    list.last = link;
+  /** Whether more waits than may wait, or than a part of it. */
+  full(part = 1): boolean {
+    return this.size + this.rest.length > this.maxBuffer * part;
+  }
+
+  add(event: IvrEvent, size: number): void {
+    const link: Link = { event, kind: event.type === "dtmf" ? "key" : "other", size, next: undefined };
+    this.#last = this.#last.next = link;
     this.size += size;
   }
 
   /** Takes the oldest event, or the oldest key, or the oldest other one. */
   take(wanted?: "key" | "other"): IvrEvent | undefined {
-    if (wanted === "key") return this.#take(this.#keys);
-    const other = before(this.#told, this.#others);
-    return this.#take(wanted ? other : before(this.#keys, other));
-  }
-
-  /** Lets go what promises told. */
-  forget(): void {
-    while (this.#take(this.#told));
-  }
-
-  #take(list: List): IvrEvent | undefined {
-    const link = list.first;
+    const behind = wanted && this.next?.kind !== wanted;
+    while (behind && this.#run.next && this.#run.next.kind !== wanted) this.#run = this.#run.next;
+    const before = behind ? this.#run : this;
+    const link = before.next;
     if (!link) return undefined;
-    list.first = link.next;
+    before.next = link.next;
+    if (link === this.#last) this.#last = before;
+    if (link === this.#run) this.#run = before;
     link.next = undefined; // or an old one that is garbage would keep the young ones behind it
     this.size -= link.size;
     return link.event;
@@ -627,8 +613,11 @@ const PARAMS = "=";
 /** How long Asterisk's last words, or ours, may take: milliseconds. */
 const GRACE = 1000;
 
-/** How many characters are read ahead of who iterates before they have a turn: what waits for long costs more to keep. */
-const AHEAD = 2 ** 16;
+/**
+ * How much of what may wait is read ahead of who iterates before they have a moment, since what waits for long costs more to
+ * keep; and how much what promises tell may add to where nobody does.
+ */
+const AHEAD = 1 / 16;
 
 const over = (cause?: unknown): IvrError => new IvrError("ended", "The call is over", { cause });
 
@@ -641,6 +630,9 @@ function later(run: () => void, ms: number): Timer {
   (timer as { unref?(): void }).unref?.();
   return timer;
 }
+
+/** What is known at once, a turn of the event loop later: who asks for it again and again stops nobody else. */
+const turn = <T>(known?: T): Promise<T> => new Promise((resolve) => setTimeout(resolve, 0, known as T));
 
 /**
  * A promise that nobody has to await: its rejection is never an unhandled one. What `run` throws rejects it a turn of the
@@ -689,14 +681,13 @@ function promised<T>(run: ConstructorParameters<typeof Promise<T>>[0]): Promise<
 export class Session {
   #reader: ReturnType<Source["getReader"]>;
   #writer: ReturnType<Sink["getWriter"]>;
-  #cutter: Cutter;
+  #backlog: Backlog;
 
   // What came
-  #backlog?: Backlog; // made with the first event: a quiet call costs none
   #loops = 0; // iterators that nobody has left
-  #waiting?: Waiting[] | undefined; // who looks again when anything has changed
+  #changed?: Promise<void> | undefined; // somebody waits for anything to change
+  #change?: () => void;
   #keepAlive: number;
-  #silence: Timer; // until the next sign of life
 
   // What went out
   #out = ""; // at the end of this turn
@@ -706,13 +697,11 @@ export class Session {
 
   // The end
   #leaving?: "hangup" | "exit"; // what we asked for
-  #by?: Ending["by"]; // who it was, by Asterisk's last words or our limit
-  #broken?: unknown; // why nothing can be written any more
-  #patience: Timer; // until we make an end
+  #patience: Timer; // how long we wait for a word, or for the end
   #abort = new AbortController(); // tells that the caller is gone; with option `i` the call goes on
-  #ending?: Ending; // set once it is over
+  #ending?: Ending | undefined; // as soon as it is known
   #closed?: Promise<Ending>;
-  #released?: Promise<void>; // when both streams are closed
+  #released?: Promise<void>; // when both streams are closed: set once it is over
 
   /**
    * Takes both streams and starts to read.
@@ -721,7 +710,7 @@ export class Session {
    * @throws {TypeError} when one of the streams is locked already; the other one is free then.
    */
   constructor(streams: { readable: Source; writable: Sink }, options?: SessionOptions) {
-    this.#cutter = new Cutter(options);
+    this.#backlog = new Backlog(options);
     this.#keepAlive = options?.keepAlive ?? Infinity;
     checkNumber("read", "keepAlive", this.#keepAlive, 1);
     this.#reader = streams.readable.getReader();
@@ -736,7 +725,7 @@ export class Session {
 
   /** How the call ended, once it has. Never rejects. */
   get closed(): Promise<Ending> {
-    return this.#closed ??= this.until(() => this.#ending) as Promise<Ending>;
+    return this.#closed ??= this.until(() => this.#released && this.#ending) as Promise<Ending>;
   }
 
   /**
@@ -769,23 +758,15 @@ export class Session {
     type Result = IteratorResult<IvrEvent, undefined>;
     let left = false;
     this.#loops++;
-    const look = (): Result | Promise<Result> | undefined => {
-      const value = left ? undefined : this.take();
-      if (value || left) return { value, done: !value } as Result;
-      // The end comes a turn of the event loop later: who loops again and again does not stop the process, and the keys that a
-      // gather left are there
-      return this.#ending && promised((resolve, reject) => {
-        setTimeout(() => {
-          const value = this.take();
-          if (!value && this.#ending!.by === "error") reject(this.#ending!.error);
-          else resolve({ value, done: !value } as Result);
-        });
-      });
+    const wait = async (): Promise<Result> => {
+      const value = await this.until(() => left || this.take());
+      if (!value && this.#ending!.by === "error") throw this.#ending!.error;
+      return (typeof value === "object" ? { value, done: false } : { value: undefined, done: true }) as Result;
     };
     const iterator: AsyncIterableIterator<IvrEvent, undefined> = {
       next: () => {
         const value = left ? undefined : this.take(); // here as well: most often one waits, and `until` costs more
-        return value ? Promise.resolve({ value, done: false }) : this.until(look) as Promise<Result>;
+        return value ? Promise.resolve({ value, done: false }) : promised((resolve) => resolve(wait()));
       },
       return: () => {
         if (!left) this.#loops--;
@@ -800,38 +781,34 @@ export class Session {
 
   /** Takes the oldest event that waits, or the oldest key, or the oldest that is none: nobody else will see it. */
   protected take(wanted?: "key" | "other"): IvrEvent | undefined {
-    const backlog = this.#backlog;
-    const event = backlog?.take(wanted);
-    if (event && !backlog!.size) this.change(); // reading may wait for it
+    const event = this.#backlog.take(wanted);
+    if (event && !this.#backlog.size) this.change(); // reading may wait for it
     return event;
   }
 
-  /** Looks now, and again whenever anything has changed, until something is found; finds nothing when the call is over. */
-  protected until<Found>(look: () => Found | PromiseLike<Found> | undefined): Promise<Found | undefined> {
-    const found = look();
-    if (found || this.#ending) return Promise.resolve(found);
-    let resolve!: (found: unknown) => void;
-    const promise = new Promise((settle) => resolve = settle);
-    (this.#waiting ??= []).push({ look, resolve, promise });
-    return promise as Promise<Found>;
+  /**
+   * Looks now, and again whenever anything has changed, until something is found. When the call is over it looks once more, a
+   * turn of the event loop later: who asks again and again does not stop the process.
+   */
+  protected async until<Found>(look: () => Found | undefined): Promise<Found | undefined> {
+    for (;;) {
+      const found = look();
+      if (found) return found;
+      if (this.#released) return turn().then(look);
+      await (this.#changed ??= new Promise((resolve) => this.#change = resolve));
+    }
   }
 
   /** Lets everybody who waits in {@linkcode Session.until} look again. */
   protected change(): void {
-    const waiting = this.#waiting;
-    if (!waiting) return;
-    this.#waiting = undefined;
-    for (const waiter of waiting) {
-      const found = waiter.look();
-      if (this.#ending) waiter.promise.catch(ignore); // nobody may look at it any more
-      if (found || this.#ending) waiter.resolve(found);
-      else (this.#waiting ??= []).push(waiter);
-    }
+    if (!this.#changed) return;
+    this.#changed = undefined;
+    this.#change!();
   }
 
   /** Throws when the call is over: Asterisk reads nothing behind its last words. */
   protected check(): void {
-    if (this.#ending || this.#by) throw over();
+    if (this.#ending) throw over();
   }
 
   /** Sees each event as it comes, before anybody can take it. Returns whether a promise tells of it already. */
@@ -847,9 +824,8 @@ export class Session {
     const { type } = command;
     let text = formatCommand(command);
     if (type === "hangup" || type === "exit") {
-      if (this.#ending) return void setTimeout(done);
-      this.closed.then(() => done(undefined));
-      if (this.#leaving || this.#by) return;
+      this.closed.then(() => setTimeout(done));
+      if (this.#leaving || this.#ending) return;
       this.#leaving = type;
     } else {
       this.check();
@@ -862,55 +838,58 @@ export class Session {
     this.#wake();
   }
 
-  get #size(): number {
-    return this.#backlog?.size ?? 0;
-  }
-
   async #read(): Promise<void> {
     try {
       for (let ended = false; !ended;) {
         this.#listen();
         const { done, value } = await this.#reader.read();
         ended = done;
-        this.#cutter.cut(done ? undefined : value, (text, from, to) => {
-          this.#receive(eventIn(text, from, to), to - from + 1, done);
-        });
+        this.#backlog.cut(value, (text, from, to) => this.#receive(eventIn(text, from, to), to - from + 1, done));
         this.change();
-        if (this.#size > AHEAD || this.#overflows) await this.#room();
+        if (this.#backlog.full(this.#loops ? AHEAD : 1)) await this.#room();
       }
-      this.#finish();
     } catch (error) {
-      this.#finish(error ?? new Error("The stream of events broke"));
+      this.#broke(error);
     }
+    this.#finish();
   }
 
   /** Asks for a sign of life after a silence, and ends the call after another. */
-  #listen(asked = false): void {
-    if (this.#keepAlive === Infinity) return;
-    clearTimeout(this.#silence!);
-    if (this.#ending) return;
-    this.#silence = later(() => {
-      if (asked) return this.#finish();
+  #listen(): void {
+    if (this.#keepAlive === Infinity || this.#ending) return;
+    this.#wait(this.#keepAlive, () => {
       this.send({ type: "get", names: ["EIVR_ALIVE"] });
-      this.#listen(true);
-    }, this.#keepAlive);
+      this.#wait(this.#keepAlive);
+    });
+  }
+
+  /** Waits for a word, or for the end, and no longer. */
+  #wait(ms: number, then: () => void = () => this.#finish()): void {
+    clearTimeout(this.#patience!);
+    this.#patience = later(then, ms);
   }
 
   /** Puts an event where it belongs. */
   #receive(event: IvrEvent, size: number, cut: boolean): void {
     const { type } = event;
     let told = false;
-    if (this.#ending) return;
+    if (this.#released) return;
     // What stands behind the last newline may be cut: it may end the call, but it answers nothing
     if (!cut) {
       if (type === "variables" && this.#answered(event.data.split("=", 1)[0], event.data)) return;
       if (type === "params" && this.#answered(PARAMS, event.params)) return;
-      told = type === "failed" ? this.#refused(event.reason) : this.received(event);
+      if (type === "failed") {
+        told = this.#asked.length > 0;
+        const { reason } = event;
+        const why = reason ?? "the channel is not answered, or hung up";
+        this.#asked[0]?.fail(new IvrError("refused", `Asterisk refused: ${why}`, { reason }));
+      } else told = this.received(event);
     }
-    (this.#backlog ??= new Backlog()).add(event, size, told);
+    if (told && !this.#loops && this.#backlog.full(AHEAD)) return; // nobody wants it
+    this.#backlog.add(event, size);
     if (type === "hangup" || type === "exit") {
-      this.#by ??= type === "hangup" && this.#leaving !== "hangup" ? "caller" : type;
-      this.#expectEnd();
+      if (this.#ending?.error) this.#ending = undefined; // which was a guess
+      this.#end({ by: type === "hangup" && this.#leaving !== "hangup" ? "caller" : type });
     }
     if (type === "hangup" || type === "inform" && event.message === "HANGUP") this.#abort.abort(over());
   }
@@ -923,37 +902,17 @@ export class Session {
     return true;
   }
 
-  #refused(reason: string | undefined): boolean {
-    const why = reason ?? "the channel is not answered, or hung up";
-    this.#asked[0]?.fail(new IvrError("refused", `Asterisk refused: ${why}`, { reason }));
-    return this.#asked.length > 0;
-  }
-
-  /** Whether more waits than may wait. */
-  get #overflows(): boolean {
-    const { full, rest, maxBuffer } = this.#cutter;
-    return full || this.#size + rest.length > maxBuffer;
-  }
-
-  /**
-   * Makes room: lets go what promises told where nobody iterates; who does has a turn of the event loop to take some, and
-   * more of them while there is too much and every turn takes some.
-   */
+  /** Who iterates has a moment to take some, and more of them while there is too much and each takes some. */
   async #room(): Promise<void> {
-    clearTimeout(this.#silence!); // while we do not read, it is not the peer that is silent
-    if (!this.#loops) this.#backlog?.forget();
-    if (!this.#loops && !this.#overflows) return;
     let size: number;
     do {
-      size = this.#size;
+      this.#listen(); // while we do not read, it is not the peer that is silent
+      size = this.#backlog.size;
       let late = false;
-      let timer = setTimeout(() => timer = setTimeout(() => (late = true, this.change()))); // behind all of this turn
-      await this.until(() => late || !this.#size);
-      clearTimeout(timer);
-    } while (this.#overflows && this.#size < size);
-    if (!this.#overflows) return;
-    this.#by = "error";
-    throw this.#cutter.overflow();
+      turn().then(turn).then(() => (late = true, this.change())); // behind all of this turn
+      await this.until(() => late || !this.#backlog.size);
+    } while (this.#backlog.full() && this.#backlog.size < size);
+    if (this.#backlog.full()) throw this.#backlog.overflow();
   }
 
   /** Writes what is sent in one turn in one go. */
@@ -964,53 +923,53 @@ export class Session {
       const bytes = encode(this.#out);
       this.#out = "";
       return this.#writer.write(bytes);
-    }).catch((error) => {
-      this.#broken ??= error ?? new Error("The stream of commands broke");
-      this.#expectEnd(); // Asterisk is gone, but its last words may still be on their way
-    });
+    }).catch((error) => this.#broke(error));
   }
 
   /** Wakes Asterisk while something is awaited: a millisecond after anything moved, then ever more slowly. */
   #wake(delay = 1): void {
     clearTimeout(this.#timer!);
-    if (this.#patience || this.#ending || !this.#asked.length && !this.#leaving) return;
+    if (this.#ending || !this.#asked.length && !this.#leaving) return;
     this.#timer = later(() => {
       this.#write("\n");
       this.#wake(Math.min(delay * 2, 1000));
     }, delay);
   }
 
-  /** The stream of events is about to end: if it does not, we end it. */
-  #expectEnd(): void {
+  /** How the call ends is known: if the stream of events does not end by itself, we end it. */
+  #end(ending: Ending): void {
     if (this.#ending) return;
-    this.#patience ??= later(() => this.#finish(), GRACE);
+    this.#ending = ending;
+    this.#wait(GRACE);
     this.#wake();
   }
 
-  #finish(error: unknown = this.#broken): void {
-    if (this.#ending) return;
+  /** Asterisk is gone, but its last words may still be on their way. */
+  #broke(error: unknown): void {
+    error ||= new Error("The stream broke");
+    this.#end({ by: error instanceof IvrError ? "error" : "disconnect", error });
+  }
+
+  #finish(): void {
+    if (this.#released) return;
+    this.#end({ by: "disconnect" });
+    const { by, error } = this.#ending!;
     // A reset after our own H or E is Asterisk closing with our wake-ups unread
-    const by = this.#by ?? (error !== undefined && this.#leaving || "disconnect");
-    this.#ending = error !== undefined && (by === "error" || by === "disconnect") ? { by, error } : { by };
-    clearTimeout(this.#patience!);
-    this.#listen();
-    this.#wake();
-    this.#released = this.#release(this.#ending);
+    if (by === "disconnect" && error && this.#leaving) this.#ending = { by: this.#leaving };
+    this.#released = this.#release(error);
     this.#abort.abort(over());
     for (const { fail } of this.#asked.splice(0)) fail(over(error));
     this.change();
   }
 
   /** Closes both streams: what was sent goes out first, unless something broke or the peer does not take it. */
-  async #release({ error }: Ending): Promise<void> {
-    let timer: Timer;
-    const grace = new Promise<void>((resolve) => timer = later(resolve, GRACE));
+  async #release(error: unknown): Promise<void> {
+    const grace = new Promise<void>((resolve) => this.#wait(GRACE, resolve));
     const inTime = (close: () => Promise<void>) => Promise.race([grace, quietly(close)]);
-    // A socket that ends by itself, as Node's do, is to do so first: Deno fails when both close it in one turn
-    await new Promise<void>((resolve) => setTimeout(resolve));
-    await inTime(() => error === undefined ? this.#writer.close() : this.#writer.abort(error));
+    await turn(); // a socket that ends by itself, as Node's do, is to do so first: Deno fails when both close it in one turn
+    await inTime(() => error ? this.#writer.abort(error) : this.#writer.close());
     await inTime(() => this.#reader.cancel());
-    clearTimeout(timer!);
+    clearTimeout(this.#patience!);
   }
 }
 
@@ -1095,9 +1054,6 @@ export interface Gathered {
 
 /** What is in Asterisk's playlist, as far as we know: a file and who wants to know of it, or an `I` not yet carried out. */
 type Prompt = { file: string | undefined; tell?: (outcome: Outcome) => void };
-
-/** What is known at once, a turn of the event loop later: who asks for it again and again stops nobody else. */
-const turn = <T>(known: T): Promise<T> => new Promise((resolve) => setTimeout(resolve, 0, known));
 
 /** What a message can be, of any lines: no control characters, no halves of characters, cut to what fits. */
 function messages(lines: unknown[]): string[] {

@@ -944,7 +944,10 @@ test("outcomes: those of one's own prompts never overflow a call that does not i
       await pause();
     }
     assert.deepEqual(await session.gather({ maxDigits: 1 }), collected("5", "maxDigits"));
-    assert.deepEqual([await next(session), await next(session)], [parseEvent("Q,1"), parseEvent("Z,1")]);
+    let event;
+    do event = await next(session); // of what promises told some may be there
+     while (event && event.type !== "unknown");
+    assert.deepEqual([event, await next(session)], [parseEvent("Q,1"), parseEvent("Z,1")]);
   }
 });
 
