@@ -549,6 +549,9 @@ export type Reply<Command extends IvrCommand> = Command extends { type: "get" } 
   : Command extends { type: "params" } ? string[]
   : void;
 
+/** What the stream of events brings. */
+type Chunk = Awaited<ReturnType<ReturnType<Source["getReader"]>["read"]>>;
+
 /** A command that awaits its answer. */
 interface Asked {
   /** The variable whose `G` answers, or `PARAMS`. */
@@ -720,6 +723,7 @@ export class Session {
       this.#reader.releaseLock();
       throw error;
     }
+    this.#listen();
     this.#read();
   }
 
@@ -840,18 +844,21 @@ export class Session {
 
   async #read(): Promise<void> {
     try {
-      for (let ended = false; !ended;) {
-        this.#listen();
-        const { done, value } = await this.#reader.read();
-        ended = done;
-        this.#backlog.cut(value, (text, from, to) => this.#receive(eventIn(text, from, to), to - from + 1, done));
-        this.change();
+      while (this.#hear(await this.#reader.read())) {
         if (this.#backlog.full(this.#loops ? AHEAD : 1)) await this.#room();
       }
     } catch (error) {
       this.#broke(error);
     }
     this.#finish();
+  }
+
+  /** Takes what a chunk brings, and tells whether there may be more. */
+  #hear({ done, value }: Chunk): boolean {
+    this.#backlog.cut(value, (text, from, to) => this.#receive(eventIn(text, from, to), to - from + 1, done));
+    this.change();
+    this.#listen();
+    return !done;
   }
 
   /** Asks for a sign of life after a silence, and ends the call after another. */
