@@ -568,7 +568,6 @@ interface Place {
 /** An event that waits. */
 interface Link extends Place {
   event: IvrEvent;
-  kind: "key" | "other";
   /** In characters. */
   size: number;
 }
@@ -589,15 +588,16 @@ class Backlog extends Cutter {
   }
 
   add(event: IvrEvent, size: number): void {
-    const link: Link = { event, kind: event.type === "dtmf" ? "key" : "other", size, next: undefined };
+    const link: Link = { event, size, next: undefined };
     this.#last = this.#last.next = link;
     this.size += size;
   }
 
   /** Takes the oldest event, or the oldest key, or the oldest other one. */
   take(wanted?: "key" | "other"): IvrEvent | undefined {
-    const behind = wanted && this.next?.kind !== wanted;
-    while (behind && this.#run.next && this.#run.next.kind !== wanted) this.#run = this.#run.next;
+    const past = (place: Place) => place.next && (place.next.event.type === "dtmf") !== (wanted === "key");
+    const behind = wanted && past(this);
+    while (behind && past(this.#run)) this.#run = this.#run.next!;
     const before = behind ? this.#run : this;
     const link = before.next;
     if (!link) return undefined;
