@@ -70,8 +70,8 @@ const LINES = [
   "D,1795372497,beep",
   "0,1795372498",
 ];
-const bytes = new TextEncoder().encode(`${LINES.join("\n")}\n`.repeat(25_000));
-const EVENTS = LINES.length * 25_000;
+const bytes = new TextEncoder().encode(`${LINES.join("\n")}\n`.repeat(150_000));
+const EVENTS = LINES.length * 150_000;
 
 function cutInto(size: number): Uint8Array[] {
   return Array.from({ length: Math.ceil(bytes.length / size) }, (_, i) => bytes.subarray(i * size, (i + 1) * size));
@@ -240,7 +240,7 @@ async function throughput(): Promise<void> {
 async function oneByOne(): Promise<void> {
   console.log("\nevents through the iterator, one line a chunk");
   const each = LINES.map((line) => new TextEncoder().encode(line + "\n"));
-  const chunks = Array.from({ length: 50_000 }, (_, i) => each[i % each.length]!);
+  const chunks = Array.from({ length: 200_000 }, (_, i) => each[i % each.length]!);
   const { session, hand, floor } = await rounds(9, {
     session: () => viaSession(chunks, chunks.length),
     hand: () => viaBare(chunks, chunks.length),

@@ -944,9 +944,8 @@ test("outcomes: those of one's own prompts never overflow a call that does not i
       await pause();
     }
     assert.deepEqual(await session.gather({ maxDigits: 1 }), collected("5", "maxDigits"));
-    let event;
-    do event = await next(session); // of what promises told some may be there
-     while (event && event.type !== "unknown");
+    let event = await next(session);
+    while (event && event.type !== "unknown") event = await next(session); // of what promises told some may be there
     assert.deepEqual([event, await next(session)], [parseEvent("Q,1"), parseEvent("Z,1")]);
   }
 });
