@@ -3218,16 +3218,17 @@ onUnix("relay: messages of every kind, size and cut become the bytes of the call
       const size = 1 + random.below(random.of([3, 3000, 100_000]));
       await new Promise((resolve) => socket.write(wire.subarray(at, at += size), resolve));
     }
-  }, (socket, kind, payload) => {
+    await until(() => heard === "1,1\nH,1\n" && pongs.at(-1) === pings.at(-1));
+    socket.end(closing(1000));
+  }, (_, kind, payload) => {
     if (kind === PONG) pongs.push(payload.toString());
     if (kind === BINARY) heard += payload.toString();
-    if (heard === "1,1\nH,1\n" && pongs.length === pings.length) socket.end(closing(1000));
   });
   await using near = await relay([ws(far)]);
   const call = dialed(near.port);
   call.write("1,1\nH,1\n"); // before there is an edge
   assert.equal(await ended(call), meant.toString("latin1"), `SEED=${SEED}`);
-  assert.deepEqual(pongs, pings);
+  assert.deepEqual(pongs, pings.filter((ping) => pongs.includes(ping))); // of several at once the last is answered
 });
 
 onUnix("relay: asks an edge with path and token and as no browser, and logs how the call ended", async () => {
@@ -3327,6 +3328,7 @@ onUnix("relay: a caller who leaves while it connects costs nothing", async () =>
 });
 
 const LINE = Buffer.alloc(65_536, "L,x\n");
+const LETTERS = Buffer.alloc(65_538, frame(END | TEXT, "x")); // each a message
 
 /** Writes on and on, as long as what is written is taken. */
 function flood(socket: Socket, data: Uint8Array): void {
@@ -3349,6 +3351,7 @@ const FLOODS: [who: string, edge: (socket: Socket) => void, caller: (socket: Soc
     () => {},
     /Asterisk does not read/g,
   ],
+  ["an edge with messages of a byte", (socket) => flood(socket, LETTERS), () => {}, /Asterisk does not read/g],
   ["Asterisk", (socket) => socket.pause(), (socket) => flood(socket, LINE), /the edge does not read/g],
 ];
 

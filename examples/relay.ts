@@ -91,24 +91,25 @@ async function carry(call: Socket, options: Options, report: Report): Promise<vo
     const frames = new Frames();
     let heard = true;
     // Behind what Asterisk has said: when it is gone a write fails, and takes with it what was not read yet
-    edge.on("data", (data) =>
+    edge.on("data", (data) => {
+      edge.pause();
       setImmediate(() => {
+        edge.resume();
         if (signal.aborted) return;
         heard = true;
         try {
-          for (const { opcode, payload } of frames.read(data as Uint8Array)) {
-            if (opcode === BINARY) call.write(payload);
-            if (opcode === PING) edge.write(frame(PONG, payload));
-            if (opcode === CLOSE) {
-              over.abort(`the edge closed${payload.length ? `, ${payload[0]! << 8 | payload[1]!}` : ""}`);
-            }
-          }
+          const { message, ping, close } = frames.read(data as Buffer);
+          if (message.length) call.write(message);
+          if (ping) edge.write(frame(PONG, ping));
+          if (close) over.abort(`the edge closed${close.length ? `, ${close[0]! << 8 | close[1]!}` : ""}`);
+          if (edge.writableLength > MOST) throw new Error("the edge does not read");
           if (call.writableLength > MOST) throw new Error("Asterisk does not read");
         } catch (error) {
           over.abort((error as Error).message);
           edge.destroy();
         }
-      }));
+      });
+    });
     edge.on("close", () => setImmediate(() => over.abort("the edge is gone")));
     const timer = setInterval(() => {
       if (!heard) over.abort("the edge is silent");
@@ -210,37 +211,50 @@ function frame(opcode: number, payload: Uint8Array = new Uint8Array()): Uint8Arr
   return bytes;
 }
 
-/** Takes apart what an edge sends: messages, text or binary, piece by piece as they come; control frames whole. */
+/** Takes apart what an edge sends, however it is cut. */
 class Frames {
   /** The beginning of a frame, too short to tell what it is. */
   #rest: Uint8Array = new Uint8Array();
   /** How many bytes of the message's frame are still to come. */
   #left = 0;
 
-  *read(data: Uint8Array): Generator<{ opcode: number; payload: Uint8Array }> {
-    let bytes: Uint8Array = this.#rest.length ? Buffer.concat([this.#rest, data]) : data;
+  /**
+   * What came of messages, text or binary, and of the last ping and close, which are all that needs an answer. It makes no
+   * object for a frame: an edge may flood with some that have one byte, or none.
+   */
+  read(data: Buffer): { message: Uint8Array; ping?: Uint8Array; close?: Uint8Array } {
+    const bytes = this.#rest.length ? Buffer.concat([this.#rest, data]) : data;
+    const message = new Uint8Array(bytes);
+    let [at, end] = [0, 0]; // of what was read, and of the message
+    const last: number[] = []; // where the last control frame of each kind is
     for (;;) {
-      const piece = bytes.subarray(0, this.#left);
-      if (piece.length) yield { opcode: BINARY, payload: piece };
-      this.#left -= piece.length;
-      bytes = bytes.subarray(piece.length);
+      const piece = Math.min(this.#left, bytes.length - at);
+      if (piece) message.copyWithin(end, at, at + piece);
+      this.#left -= piece;
+      at += piece;
+      end += piece;
 
-      const [first = 0, second = 0] = bytes;
-      const at = second < 126 ? 2 : second === 126 ? 4 : 10;
-      if (bytes.length < at) break;
-      const view = new DataView(bytes.buffer, bytes.byteOffset);
-      const length = at === 2 ? second : at === 4 ? view.getUint16(2) : Number(view.getBigUint64(2));
-      const opcode = first & 0x7f; // the bit above tells where a message ends, which is nothing to us
-      if (opcode <= BINARY && second < 128) {
-        this.#left = length;
-        bytes = bytes.subarray(at);
-      } else if (opcode >= CLOSE && opcode <= PONG && second < 126) {
-        if (bytes.length < at + length) break;
-        yield { opcode, payload: bytes.subarray(at, at + length) };
-        bytes = bytes.subarray(at + length);
+      if (bytes.length < at + 2) break;
+      const opcode = bytes[at]! & 0x7f; // the bit above tells where a message ends, which is nothing to us
+      const size = bytes[at + 1]!;
+      const from = at + (size < 126 ? 2 : size === 126 ? 4 : 10);
+      if (bytes.length < from) break;
+      if (opcode <= BINARY && size < 128) {
+        this.#left = size < 126
+          ? size
+          : size === 126
+          ? bytes.readUInt16BE(at + 2)
+          : Number(bytes.readBigUInt64BE(at + 2));
+        at = from;
+      } else if (opcode >= CLOSE && opcode <= PONG && size < 126) {
+        if (bytes.length < from + size) break;
+        last[opcode] = at;
+        at = from + size;
       } else throw new Error("the edge speaks no WebSocket");
     }
-    this.#rest = Uint8Array.from(bytes);
+    this.#rest = new Uint8Array(bytes.subarray(at)); // a view would keep all of it
+    const payload = (at?: number) => at === undefined ? at : bytes.subarray(at + 2, at + 2 + bytes[at + 1]!);
+    return { message: message.slice(0, end), ping: payload(last[PING]), close: payload(last[CLOSE]) };
   }
 }
 
@@ -308,7 +322,10 @@ function main(): void {
       await decline(call, "busy");
     }
   });
-  server.on("error", ({ message }) => wrong(`--listen "${values.listen}": ${message}`));
+  server.on("error", ({ message }) => {
+    if (!server.listening) wrong(`--listen "${values.listen}": ${message}`);
+    console.error(`Cannot accept a call: ${message}`);
+  });
   server.listen({ port: Number(port), host: v6 ?? host }, () => {
     const bound = server.address() as AddressInfo;
     console.error(`Waiting for calls on ${place(bound.address, bound.port)}`);
