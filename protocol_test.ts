@@ -19,6 +19,7 @@ import { inspect, isDeepStrictEqual } from "node:util";
 import { Live, type LiveCall, type LiveOptions, type Over, place } from "./.ci/asterisk.ts";
 import { record, type RecordingFile, recordings, untimed } from "./.ci/record.ts";
 import { Asterisk, type CallerAction, type Dialplan, type Note, parseDialplan } from "./examples/asterisk.ts";
+import { webSocketStreams } from "./examples/edge.ts";
 import { menu, nodeStreams } from "./examples/menu.ts";
 import { tap, type Tapped } from "./examples/tap.ts";
 import * as say from "./examples/say.ts";
@@ -3187,6 +3188,26 @@ onUnix("edge: after SIGTERM it takes no calls, and those under way end first", a
   assert.equal(await host.left, "continued");
   assert.equal(host.variables.DEPARTMENT, "support");
   await stopped;
+});
+
+onUnix("edge: a call that begins as SIGTERM comes is refused, or lives", async () => {
+  await Promise.all([0, 1, 2, 3, 4, 5].map(async (ms) => {
+    await using far = await edge();
+    const socket = new WebSocket(ws(far));
+    let host: Asterisk | undefined;
+    socket.addEventListener("open", () => {
+      host = new Asterisk(webSocketStreams(socket), { sounds: () => 0.3 }); // longer than an edge without calls lives
+      press(host, "1234#2");
+    });
+    const closed = new Promise((resolve) => {
+      for (const how of ["close", "error"]) socket.addEventListener(how, resolve);
+    });
+    await pause(ms);
+    const stopped = far.stop();
+    await closed;
+    if (host) assert.equal(await host.left, "continued");
+    await stopped;
+  }));
 });
 
 /** Messages as an edge may send them: their frames, some in two with a ping between, what they mean, and the pings. */

@@ -44,7 +44,8 @@ async function take(streams: { readable: Source; writable: Sink }): Promise<void
 }
 
 function drained(): void {
-  if (!calls) setTimeout(() => process?.exit(), 100); // the last call's WebSocket closes meanwhile
+  // Meanwhile the last call's WebSocket closes, and one that was about to open does
+  if (!calls) setTimeout(() => calls || process?.exit(), 100);
 }
 
 if ((import.meta as { main?: boolean }).main) {
