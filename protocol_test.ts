@@ -2886,6 +2886,42 @@ onUnix("menu: as a server it takes calls until a signal comes, and those under w
   assert.equal(server.said.out, "");
 });
 
+onUnix("menu: beyond --max-calls the dialplan goes on, and who is sent there takes nobody's place", async () => {
+  await using server = await serving(command("menu.ts", "--listen", "127.0.0.1:0", "--max-calls", "1"));
+  const called = async () => {
+    const host = await standIn(server.port, { sounds: () => 0.01 });
+    press(host, "1234#2");
+    assert.equal(await host.left, "continued");
+    return host.variables.EIVR;
+  };
+  const first = await standIn(server.port, { sounds: () => 1 });
+  await until(() => first.found.size);
+  assert.equal(await called(), "busy");
+  const silent = dialed(server.port); // does not go on
+  await new Promise((resolve) => silent.once("data", resolve));
+  first.hangUp();
+  await until(async () => await called() === undefined, 10);
+  silent.destroy();
+});
+
+const onDeno = "Deno" in globalThis ? onUnix : test.skip;
+
+/** Starts a server that may have few files open, and has it run out of them. */
+async function crowded(program: string[]) {
+  const server = await serving(["sh", "-c", 'ulimit -n 64 && exec "$0" "$@"', ...program]);
+  const crowd = Array.from({ length: 100 }, () => dialed(server.port).on("error", () => {}).resume());
+  await server.says(/Cannot accept a call: /);
+  await Promise.all(crowd.map((socket) => new Promise((resolve) => socket.on("close", resolve).destroy())));
+  return server;
+}
+
+onDeno("menu: as a server it takes calls again after file descriptors ran out", async () => {
+  await using server = await crowded(command("menu.ts", "--listen", "127.0.0.1:0"));
+  const host = await standIn(server.port, { sounds: () => 0.01 });
+  press(host, "1234#2");
+  assert.equal(await host.left, "continued");
+});
+
 /** Options for the telephone. */
 const sounds = (...lengths: string[]) => lengths.flatMap((length) => ["--sound", length]);
 
@@ -3445,6 +3481,13 @@ onUnix("relay: after SIGTERM it takes no calls, and those under way end first", 
   assert.equal(await stopped, 0);
 });
 
+onUnix("relay: a log that nobody reads any more ends no call", async () => {
+  await using near = await relay(["ws://127.0.0.1:1/"]);
+  near.child.stderr.destroy();
+  for (let i = 0; i < 3; i++) assert.match(await ended(dialed(near.port)), /^V,EIVR=unreachable\nE,/);
+  assert.equal(await near.stop(), 0);
+});
+
 /** Wrong use of the relay. */
 const RELAYED: [args: string[], why: RegExp][] = [
   [[], /no edge/],
@@ -3453,6 +3496,7 @@ const RELAYED: [args: string[], why: RegExp][] = [
   [["ws://x/", "--listen", "x:y"], /"x:y"/],
   [["ws://x/", "--listen", "70000"], /"70000"/],
   [["ws://x/", "--max-calls", "0"], /above zero/],
+  [["ws://x/", "--max-calls", "-1"], /ambiguous/],
   [["ws://x/", "--ping", "x"], /above zero/],
   [["ws://x/", "--bogus"], /bogus/],
 ];

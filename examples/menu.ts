@@ -115,13 +115,14 @@ let calls = 0;
 
 /** Takes a call, or says that there are too many. A failure is told, and is no other call's. */
 async function take(streams: { readable: Source; writable: Sink }, most: number): Promise<void> {
-  calls++;
+  const room = calls < most;
+  if (room) calls++;
   try {
-    await answer(streams, calls > most ? busy : menu, { keepAlive: 20_000 });
+    await answer(streams, room ? menu : busy, { keepAlive: 20_000 });
   } catch (error) {
     console.error(error);
   } finally {
-    calls--;
+    if (room) calls--; // who was sent away takes nobody's place
   }
 }
 
@@ -212,6 +213,7 @@ async function serve(args: string[]): Promise<void> {
   if (v6 === undefined && name === undefined || Number(port) > 65535) {
     wrong(`"${address}" has to be [host:]port or host`);
   }
+  process.stderr.on("error", () => {}); // a log that nobody reads any more ends no call
   try {
     const server = await ("Deno" in globalThis ? listenOnDeno : listen)(host, Number(port), most);
     console.error(`Waiting for calls on ${!host || isIPv6(host) ? `[${host ?? "::"}]` : host}:${server.port}`);

@@ -268,7 +268,7 @@ function aborted(signal: AbortSignal): Promise<void> {
 
 /** Wrong use, said in one line. */
 function wrong(message: string): never {
-  console.error(`relay.ts: ${message}`);
+  console.error(`relay.ts: ${message.replaceAll("\n", " ")}`);
   process.exit(2);
 }
 
@@ -306,6 +306,7 @@ function main(): void {
   if (/[^!-~]/.test(TOKEN)) wrong("TOKEN: it has to be of visible ASCII characters");
   const headers: Record<string, string> = TOKEN ? { authorization: `Bearer ${TOKEN}` } : {};
 
+  process.stderr.on("error", () => {}); // a log that nobody reads any more ends no call
   let calls = 0;
   let underWay = 0;
   const server = createServer({ noDelay: true }, async (call) => {
