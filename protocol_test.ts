@@ -2328,6 +2328,24 @@ test("tap: what passes is recorded as the kit records it, and plays again as it 
     assert.deepEqual(known(again)[3], known(now)[3]);
   }));
 
+test("tap: keys that were sent are in the log, with the times that Asterisk takes them to have", async () => {
+  const sends = async (ivr: Ivr) => {
+    await ivr.sendDtmf("12");
+    await ivr.sendDtmf("w3", { interval: 100, duration: 50 });
+    await ivr.sendDtmf("4", { interval: 0 });
+    await ivr.exit();
+  };
+  let tapped!: Tapped;
+  const call = dialStreams((streams) => {
+    tapped = tap(streams, { now: () => call.host.at * 1000 });
+    return answer(tapped, sends);
+  });
+  await call.over();
+  const now = tapped.recording();
+  assert.deepEqual(now.log.slice(0, 3), ["12 250 0", "w3 100 50", "4 250 0"].map((sent) => `Sending DTMF: ${sent}`));
+  assert.deepEqual((await replay(now, sends)).log, now.log);
+});
+
 /** A call in which secrets pass in every way, as it is tapped. */
 async function secretive(options: Parameters<typeof tap>[1]): Promise<Recording> {
   let tapped!: Tapped;

@@ -165,6 +165,10 @@ function recordingOf(events: Passed[], commands: Passed[], values: boolean): Rec
     if (command.type === "answer") options.add("n");
     if (command.type === "set") effects.push(() => Object.assign(set, command.variables));
     if (command.type === "log") effects.push(() => log.push(`Log message from EIVR: ${command.message}`));
+    if (command.type === "dtmf") {
+      const { digits, interval, duration = 0 } = command;
+      effects.push(() => log.push(`Sending DTMF: ${digits} ${interval || 250} ${duration}`));
+    }
     if (command.type === "get") asked.push(command.names);
     if (command.type === "hangup" || command.type === "exit") left ??= command;
   };
