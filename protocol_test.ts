@@ -3499,6 +3499,20 @@ onUnix("relay: after SIGTERM it takes no calls, and those under way end first", 
   assert.equal(await stopped, 0);
 });
 
+onDeno("relay: takes calls again after file descriptors ran out", async () => {
+  await using far = await frameEdge(() => {}, (socket, kind) => {
+    if (kind === BINARY) socket.end(frame(END | TEXT, "E,bye\n"));
+  });
+  await using near = await crowded(command("relay.ts", "--listen", "127.0.0.1:0", ws(far)));
+  await until(async () => {
+    const call = dialed(near.port);
+    call.write("1,1\n");
+    const said = await ended(call);
+    assert.match(said, /^E,bye\n$|^V,EIVR=unreachable\nE,/); // callers who left have theirs a little longer
+    return said.startsWith("E");
+  });
+});
+
 onUnix("relay: a log that nobody reads any more ends no call", async () => {
   await using near = await relay(["ws://127.0.0.1:1/"]);
   near.child.stderr.destroy();

@@ -18,10 +18,12 @@
 
 import { Buffer } from "node:buffer";
 import { createHash, getRandomValues, randomBytes } from "node:crypto";
+import { once } from "node:events";
 import * as http from "node:http";
 import * as https from "node:https";
 import { type AddressInfo, createServer, isIPv6, type Socket } from "node:net";
 import process from "node:process";
+import { Duplex } from "node:stream";
 import { parseArgs } from "node:util";
 
 const HELP = `relay.ts [OPTION]... EDGE...   carries calls of ExternalIVR(ivr://localhost) to ws:// or wss:// addresses
@@ -33,7 +35,7 @@ const HELP = `relay.ts [OPTION]... EDGE...   carries calls of ExternalIVR(ivr://
 
 TOKEN in the environment goes to the edges, as "Authorization: Bearer TOKEN"; NODE_EXTRA_CA_CERTS is the file of a
 certificate of your own. After SIGTERM no new calls are taken, and those under way end first. A call takes two file
-descriptors: set --max-calls on Deno, whose server takes nobody any more once they ran out.`;
+descriptors.`;
 
 /** Milliseconds that an edge may take to answer. */
 const PATIENCE = 3_000;
@@ -57,7 +59,7 @@ interface Options {
 type Report = (edge: string, what: string) => void;
 
 /** Carries one call until one side ends, and then ends the other. Never rejects. */
-async function carry(call: Socket, options: Options, report: Report): Promise<void> {
+async function carry(call: Duplex, options: Options, report: Report): Promise<void> {
   const over = new AbortController(); // its reason is why
   const { signal } = over;
   // Read from the start: nothing else tells that the caller has left
@@ -131,13 +133,13 @@ async function carry(call: Socket, options: Options, report: Report): Promise<vo
  * Lets the dialplan go on. Asterisk carries out the first command, and looks at the second only when more comes or when
  * nothing can come any more: it is the end of the stream that brings the `E`.
  */
-async function decline(call: Socket, reason: "busy" | "unreachable"): Promise<void> {
+async function decline(call: Duplex, reason: "busy" | "unreachable"): Promise<void> {
   call.on("error", () => {}).resume();
   await close(call, `V,EIVR=${reason}\nE,${reason}\n`);
 }
 
 /** Ends a connection with its last words, and breaks it off if they are not taken. */
-async function close(socket: Socket, words: string | Uint8Array = ""): Promise<void> {
+async function close(socket: Duplex, words: string | Uint8Array = ""): Promise<void> {
   const closed = new Promise((resolve) => socket.destroyed ? resolve(true) : socket.on("close", resolve));
   const timer = setTimeout(() => socket.destroy(), socket.writableLength > MOST ? 0 : GRACE);
   socket.end(words);
@@ -222,7 +224,7 @@ class Frames {
    * What came of messages, text or binary, and of the last ping and close, which are all that needs an answer. It makes no
    * object for a frame: an edge may flood with some that have one byte, or none.
    */
-  read(data: Buffer): { message: Uint8Array; ping?: Uint8Array; close?: Uint8Array } {
+  read(data: Buffer): { message: Uint8Array; ping: Uint8Array | undefined; close: Uint8Array | undefined } {
     const bytes = this.#rest.length ? Buffer.concat([this.#rest, data]) : data;
     const message = new Uint8Array(bytes);
     let [at, end] = [0, 0]; // of what was read, and of the message
@@ -263,6 +265,69 @@ function aborted(signal: AbortSignal): Promise<void> {
 }
 
 // ---------------------------------------------------------------------------------------------------------
+// Where calls come in
+// ---------------------------------------------------------------------------------------------------------
+
+type Take = (call: Duplex, peer: string) => void;
+interface Listening {
+  at: string;
+  close(): void;
+}
+
+// What not every runtime has, so that the types of each one do
+interface Conn {
+  readable: ReadableStream<Uint8Array>;
+  writable: WritableStream<Uint8Array>;
+  remoteAddr: { hostname: string; port: number };
+  setNoDelay(): void;
+}
+declare const Deno: undefined | {
+  listen(options: { hostname: string; port: number }): {
+    addr: { hostname: string; port: number };
+    accept(): Promise<Conn>;
+    close(): void;
+  };
+};
+
+/** A server for Node and Bun. */
+async function listen(host: string, port: number, take: Take): Promise<Listening> {
+  const server = createServer({ noDelay: true }, (call) => take(call, place(call.remoteAddress, call.remotePort)));
+  server.listen({ host, port });
+  await once(server, "listening");
+  server.on("error", ({ message }) => console.error(`Cannot accept a call: ${message}`));
+  const bound = server.address() as AddressInfo;
+  return { at: place(bound.address, bound.port), close: () => server.close() };
+}
+
+/** The same on Deno, whose `node:net` accepts nobody any more once file descriptors ran out. */
+function listenOnDeno(hostname: string, port: number, take: Take): Listening {
+  const listener = Deno!.listen({ hostname, port });
+  let closed = false;
+  (async () => {
+    while (!closed) {
+      try {
+        const conn = await listener.accept();
+        conn.setNoDelay();
+        take(Duplex.fromWeb(conn), place(conn.remoteAddr.hostname, conn.remoteAddr.port));
+      } catch (error) {
+        if (closed) return;
+        console.error(`Cannot accept a call: ${(error as Error).message}`);
+        await new Promise((resolve) => setTimeout(resolve, 100)); // until others have ended
+      }
+    }
+  })();
+  const close = () => {
+    closed = true;
+    listener.close();
+  };
+  return { at: place(listener.addr.hostname, listener.addr.port), close };
+}
+
+function place(address = "?", port = 0): string {
+  return `${isIPv6(address) ? `[${address}]` : address}:${port}`;
+}
+
+// ---------------------------------------------------------------------------------------------------------
 // The command line
 // ---------------------------------------------------------------------------------------------------------
 
@@ -288,7 +353,7 @@ function parsed() {
   }
 }
 
-function main(): void {
+async function main(): Promise<void> {
   const { values, positionals } = parsed();
   if (values.help) return console.log(HELP);
   if (!positionals.length) wrong("there is no edge to carry calls to; see relay.ts --help");
@@ -309,9 +374,9 @@ function main(): void {
   process.stderr.on("error", () => {}); // a log that nobody reads any more ends no call
   let calls = 0;
   let underWay = 0;
-  const server = createServer({ noDelay: true }, async (call) => {
+  const take = async (call: Duplex, peer: string) => {
     const began = performance.now();
-    const who = `${++calls} ${place(call.remoteAddress, call.remotePort)}`;
+    const who = `${++calls} ${peer}`;
     const report = (edge: string, what: string) =>
       console.error(`${who} ${edge} ${what}, ${((performance.now() - began) / 1000).toFixed(1)} s`);
     if (underWay < maxCalls) {
@@ -322,20 +387,14 @@ function main(): void {
       report("-", `ended: ${maxCalls} calls are under way`);
       await decline(call, "busy");
     }
-  });
-  server.on("error", ({ message }) => {
-    if (!server.listening) wrong(`--listen "${values.listen}": ${message}`);
-    console.error(`Cannot accept a call: ${message}`);
-  });
-  server.listen({ port: Number(port), host: v6 ?? host }, () => {
-    const bound = server.address() as AddressInfo;
-    console.error(`Waiting for calls on ${place(bound.address, bound.port)}`);
-  });
-  for (const signal of ["SIGINT", "SIGTERM"] as const) process.once(signal, () => server.close());
+  };
+  try {
+    const server = await (typeof Deno === "undefined" ? listen : listenOnDeno)(v6 ?? host, Number(port), take);
+    console.error(`Waiting for calls on ${server.at}`);
+    for (const signal of ["SIGINT", "SIGTERM"] as const) process.once(signal, () => server.close());
+  } catch (error) {
+    wrong(`--listen "${values.listen}": ${(error as Error).message}`);
+  }
 }
 
-function place(address = "?", port = 0): string {
-  return `${isIPv6(address) ? `[${address}]` : address}:${port}`;
-}
-
-if (import.meta.main) main();
+if (import.meta.main) await main();
