@@ -469,7 +469,7 @@ class Cutter {
 
   /** Takes the next chunk; none at the end, which also ends the last line. Throws where a line is too long. */
   cut(chunk: Uint8Array | undefined, hand: (text: string, from: number, to: number) => void): void {
-    this.#decoder ??= new TextDecoder("utf-8", { ignoreBOM: true });
+    this.#decoder ??= new TextDecoder("utf-8", { fatal: false, ignoreBOM: true });
     let text = this.#decoder.decode(chunk, { stream: !!chunk });
     if (!chunk && (this.rest || text)) text += "\n";
     let from = 0;
