@@ -512,14 +512,16 @@ async function quietly(run: () => Promise<unknown>): Promise<void> {
 // The state and its life. A call has two stores: what came and nobody has taken (`#backlog`), and what was asked and
 // is not answered (`#asked`). `#read` hands every event to `#receive`, which puts it where it belongs:
 //
-// 1. an answer settles the oldest command that asked for its name, and is gone; a `Z` fails the oldest command of all,
-//    since commands are carried out in order, and leaves it there until its acknowledgement comes;
+// 1. an answer settles the oldest command that asked for its name, and goes no further; a `Z` fails the oldest command
+//    of all, since commands are carried out in order, and leaves it there until its acknowledgement comes;
 // 2. the layer above sees everything else (`received`);
-// 3. it waits in the backlog until somebody takes it. Who finds nothing waits in `until` for anything to change.
+// 3. all but the answers, so a `Z` too, wait in the backlog until somebody takes them. Who finds nothing waits in
+//    `until` for anything to change.
 //
-// While something is asked `#timer` wakes Asterisk. Last words, or a stream that breaks, stop that: then it is known how the call
-// ends (`#ending`), and the stream of events has a second to do so (`#patience`). The caller can be gone (`#abort`) before the
-// call is over (`#released`). `#finish` is the one way there: whatever waits is settled, and both streams close.
+// While something is asked, or the end is, `#timer` wakes Asterisk. Its last words, or a stream that breaks, stop that:
+// then it is known how the call ends (`#ending`), and the stream of events has a second to end too (`#patience`). The
+// caller can be gone (`#abort`) before the call is over (`#released`). Every call comes to `#finish`: what waits is
+// settled, and both streams close.
 
 /** Limits of a {@linkcode Session}. */
 export interface SessionOptions extends LinesOptions {
@@ -560,7 +562,7 @@ interface Asked {
   fail(error: IvrError): void;
 }
 
-/** What an event may wait behind. */
+/** What an event may wait behind: another, or the backlog itself. */
 interface Place {
   next: Link | undefined;
 }
@@ -573,13 +575,15 @@ interface Link extends Place {
 }
 
 /**
- * What came and nobody has taken, in order. Adding costs the same however much waits, and so does taking the oldest of a kind:
- * who wants the other kind than the oldest is of goes on where the last one stopped.
+ * What came and nobody has taken, in order; and the cutter with its unfinished line, since one bound holds for both.
+ *
+ * Adding costs the same however much waits, and so does taking the oldest of a kind: who wants another kind than the
+ * oldest is of goes on where the last one stopped.
  */
 class Backlog extends Cutter {
   size = 0; // in characters
   next: Link | undefined; // the oldest
-  #last: Place = this; // the youngest
+  #last: Place = this; // the youngest, if any
   #run: Place = this; // the last of those in front that were seen to be of one kind
 
   /** Whether more waits than may wait, or than a part of it. */
@@ -617,8 +621,8 @@ const PARAMS = "=";
 const GRACE = 1000;
 
 /**
- * How much of what may wait is read ahead of who iterates before they have a moment, since what waits for long costs more to
- * keep; and how much what promises tell may add to where nobody does.
+ * A part of what may wait. Behind it reading gives who iterates a moment, since what waits for long costs more to keep;
+ * and where nobody iterates, what a promise has told already is let go.
  */
 const AHEAD = 1 / 16;
 
@@ -689,13 +693,13 @@ export class Session {
   // What came
   #loops = 0; // iterators that nobody has left
   #changed?: Promise<void> | undefined; // somebody waits for anything to change
-  #change?: () => void;
+  #resolve?: () => void; // ends that wait
   #keepAlive: number;
 
   // What went out
-  #out = ""; // at the end of this turn
+  #out = ""; // in a moment
   #asked: Asked[] = []; // in order
-  #count = 0; // of questions of our own
+  #count = 0; // of acknowledgements asked for
   #timer: Timer; // the next wake-up
 
   // The end
@@ -799,7 +803,7 @@ export class Session {
       const found = look();
       if (found) return found;
       if (this.#released) return turn().then(look);
-      await (this.#changed ??= new Promise((resolve) => this.#change = resolve));
+      await (this.#changed ??= new Promise((resolve) => this.#resolve = resolve));
     }
   }
 
@@ -807,7 +811,7 @@ export class Session {
   protected change(): void {
     if (!this.#changed) return;
     this.#changed = undefined;
-    this.#change!();
+    this.#resolve!();
   }
 
   /** Throws when the call is over: Asterisk reads nothing behind its last words. */
@@ -815,28 +819,32 @@ export class Session {
     if (this.#ending) throw over();
   }
 
-  /** Sees each event as it comes, before anybody can take it. Returns whether a promise tells of it already. */
+  /**
+   * Sees each event as it comes, before anybody can take it: all but answers, `failed`, and a line without its newline.
+   * Returns whether a promise tells of it already.
+   */
   protected received(_event: IvrEvent): boolean {
     return false;
   }
 
   /**
    * Sends a command, as `send` does: one of the two is called as soon as it is known what became of it, before anything
-   * behind the answer is looked at. Throws what was wrong with the command, or that the call is over.
+   * behind the answer is looked at. After a `Z` it is `fail`, and later `done` as well, when the refused command is
+   * acknowledged. Throws what was wrong with the command, or that the call is over.
    */
   protected ask(command: IvrCommand, done: (reply: unknown) => void, fail: (error: IvrError) => void): void {
     const { type } = command;
     let text = formatCommand(command);
     if (type === "hangup" || type === "exit") {
-      this.closed.then(() => setTimeout(done));
+      this.closed.then(() => setTimeout(done)); // who asks again and again does not stop the process
       if (this.#leaving || this.#ending) return;
       this.#leaving = type;
     } else {
       this.check();
-      const own = type === "get" ? command.names[0] : type === "params" ? PARAMS : undefined;
-      const name = own ?? `EIVR_ACK_${++this.#count}`;
-      if (!own) text += `G,${name}\n`;
-      this.#asked.push({ name, fail, done: (reply) => done(own && reply) });
+      const asks = type === "get" ? command.names[0] : type === "params" ? PARAMS : undefined;
+      const name = asks ?? `EIVR_ACK_${++this.#count}`;
+      if (!asks) text += `G,${name}\n`;
+      this.#asked.push({ name, fail, done: asks ? done : () => done(undefined) });
     }
     this.#write(text);
     this.#wake();
@@ -853,7 +861,7 @@ export class Session {
     this.#finish();
   }
 
-  /** Takes what a chunk brings, and tells whether there may be more. */
+  /** Takes what a chunk brings, and tells whether there may be more. Apart from `#read`, which would keep the chunk. */
   #hear({ done, value }: Chunk): boolean {
     this.#backlog.cut(value, (text, from, to) => this.#receive(eventIn(text, from, to), to - from + 1, done));
     this.change();
@@ -877,12 +885,12 @@ export class Session {
   }
 
   /** Puts an event where it belongs. */
-  #receive(event: IvrEvent, size: number, cut: boolean): void {
+  #receive(event: IvrEvent, size: number, unfinished: boolean): void {
     const { type } = event;
     let told = false;
-    if (this.#released) return;
-    // What stands behind the last newline may be cut: it may end the call, but it answers nothing
-    if (!cut) {
+    if (this.#released) return; // a chunk that was on its way when we closed
+    // What stands behind the last newline may be incomplete: it may end the call, but it answers nothing
+    if (!unfinished) {
       if (type === "variables" && this.#answered(event.data.split("=", 1)[0], event.data)) return;
       if (type === "params" && this.#answered(PARAMS, event.params)) return;
       if (type === "failed") {
@@ -895,12 +903,13 @@ export class Session {
     if (told && !this.#loops && this.#backlog.full(AHEAD)) return; // nobody wants it
     this.#backlog.add(event, size);
     if (type === "hangup" || type === "exit") {
-      if (this.#ending?.error) this.#ending = undefined; // which was a guess
+      if (this.#ending?.error) this.#ending = undefined; // writing broke, and who ended the call was a guess
       this.#end({ by: type === "hangup" && this.#leaving !== "hangup" ? "caller" : type });
     }
     if (type === "hangup" || type === "inform" && event.message === "HANGUP") this.#abort.abort(over());
   }
 
+  /** Settles the oldest command that asked for this name. Tells whether there was one. */
   #answered(name: string | undefined, reply: unknown): boolean {
     const at = this.#asked.findIndex((asked) => asked.name === name);
     if (at < 0) return false;
@@ -909,14 +918,14 @@ export class Session {
     return true;
   }
 
-  /** Who iterates has a moment to take some, and more of them while there is too much and each takes some. */
+  /** Gives who iterates a moment to take some events, and another while too many wait and each moment takes some. */
   async #room(): Promise<void> {
     let size: number;
     do {
       this.#listen(); // while we do not read, it is not the peer that is silent
       size = this.#backlog.size;
       let late = false;
-      turn().then(turn).then(() => (late = true, this.change())); // behind all of this turn
+      turn().then(turn).then(() => (late = true, this.change())); // an event may take a turn or two
       await this.until(() => late || !this.#backlog.size);
     } while (this.#backlog.full() && this.#backlog.size < size);
     if (this.#backlog.full()) throw this.#backlog.overflow();
@@ -933,7 +942,7 @@ export class Session {
     }).catch((error) => this.#broke(error));
   }
 
-  /** Wakes Asterisk while something is awaited: a millisecond after anything moved, then ever more slowly. */
+  /** Wakes Asterisk while something is awaited: a millisecond after a command or an answer, then ever more slowly. */
   #wake(delay = 1): void {
     clearTimeout(this.#timer!);
     if (this.#ending || !this.#asked.length && !this.#leaving) return;
@@ -948,7 +957,7 @@ export class Session {
     if (this.#ending) return;
     this.#ending = ending;
     this.#wait(GRACE);
-    this.#wake();
+    this.#wake(); // no more
   }
 
   /** Asterisk is gone, but its last words may still be on their way. */
