@@ -745,14 +745,17 @@ export class Session {
   }
 
   /**
-   * Sends a command. The promise brings the {@linkcode Reply} of a `get` or `params`, which the iterator does not see. That of
-   * `hangup` and `exit` resolves when the stream has ended, whoever ended it.
+   * Sends a command. The promise brings the {@linkcode Reply} of a `get` or `params`, which the iterator does not see.
+   * That of `hangup` and `exit` resolves when the stream has ended, whoever ended it; only the first of them is sent.
    */
   send<Command extends IvrCommand>(command: Command): Promise<Reply<Command>> {
     return promised((resolve, reject) => this.ask(command, resolve as (reply: unknown) => void, reject));
   }
 
-  /** Closes the streams without a word, whereupon Asterisk hangs up. What was sent before still goes out. */
+  /**
+   * Closes the streams without a word, whereupon Asterisk hangs up. What was sent before still goes out. Resolves when
+   * both are closed, or after a second if one does not close. Never rejects.
+   */
   close(): Promise<void> {
     this.#finish();
     return this.#released!;
@@ -1088,9 +1091,9 @@ function messages(lines: unknown[]): string[] {
 /**
  * A call as a menu sees it: a {@linkcode Session} that knows what becomes of each prompt, and gathers keys.
  *
- * Two styles, alone or together: each method is a promise, and `for await (const event of ivr)` gives every event that
- * nothing else asked for. What became of a prompt reaches both; it does not wait for a loop where there is none and room is
- * short. Keys go to the {@linkcode Ivr.gather} under way, and wait for the next one or for the iterator otherwise.
+ * Two styles, alone or together: each method returns a promise, and `for await (const event of ivr)` gives every event
+ * that nothing else asked for. What became of a prompt reaches both; it does not wait for a loop where there is none and
+ * room is short. Keys go to the {@linkcode Ivr.gather} under way, and wait for the next one or for the iterator otherwise.
  *
  * What is under way when the call ends settles with that: `play` and `queue` resolve with `ended`, `gather` with
  * `hangup`, the others reject with `ended`. Whatever is asked for behind `H`, `E` or the end of the stream rejects with
@@ -1107,7 +1110,7 @@ export class Ivr extends Session {
   /** Takes both streams and starts to read: see {@linkcode Session}. */
   constructor(streams: { readable: Source; writable: Sink }, options?: SessionOptions) {
     super(streams, options);
-    this.signal.addEventListener("abort", () => this.#ended("ended"));
+    this.signal.addEventListener("abort", () => this.#tell("ended"));
   }
 
   /** Clears the playlist, plays the file, and resolves with what became of it. */
@@ -1237,7 +1240,7 @@ export class Ivr extends Session {
       }
       if (this.#gathering) refuse("gather", "gather", options, "the only one under way");
       this.check();
-      if (this.signal.aborted) throw over(); // with option `i` before the call is
+      if (this.signal.aborted) throw over(); // with option `i` the call is not over yet
     } catch (error) {
       throw await turn(error);
     }
@@ -1256,7 +1259,7 @@ export class Ivr extends Session {
       else if ((digits += key).length === maxDigits) end = { reason: "maxDigits" };
       return key;
     };
-    const skip = bargeIn ? collect : early; // what ends the prompts before they do
+    const skip = bargeIn ? collect : early; // what cuts the prompts short
 
     while (flush && this.take("key"));
     if (signal?.aborted) return turn({ digits, reason: "aborted", outcomes });
@@ -1280,7 +1283,7 @@ export class Ivr extends Session {
     }
   }
 
-  /** Like `until`, for so many milliseconds. Tells whether they passed. */
+  /** Like `until`, for so many milliseconds. Tells whether they passed. By `then`: a call that awaits keeps more memory. */
   #within(ms: number, look: () => unknown): Promise<boolean> {
     let late = false;
     const timer = later(() => (late = true, this.change()), ms);
@@ -1302,7 +1305,7 @@ export class Ivr extends Session {
     });
   }
 
-  /** Sends a prompt, and tells what became of it: what is told first is true. */
+  /** Sends a prompt, and tells what became of it. It may tell more than once: the first is true. */
   #prompt(type: "play" | "queue", file: string, tell: (outcome: Outcome) => void): void {
     this.ask({ type, file }, ignore, ({ code, reason }) => tell(reason ? "missing" : code as Outcome));
     this.#playlist.at(-1)!.tell = tell; // where `ask` has put it
@@ -1314,8 +1317,9 @@ export class Ivr extends Session {
     if (!file && type !== "interrupt") return super.ask(command, done, fail);
     const prompt: Prompt = { file };
     super.ask(command, (reply) => {
-      // `S` and `I` clear: what is still before them was skipped, and the `I` itself is over
-      if (type !== "queue") this.#ended("skipped", this.#playlist.indexOf(prompt) + (file ? 0 : 1));
+      // `S` and `I` clear: what is still before them was skipped, and the `I` itself is over. A refused one has left the
+      // playlist, and clears nothing
+      if (type !== "queue") this.#tell("skipped", this.#playlist.indexOf(prompt) + (file ? 0 : 1));
       done(reply);
     }, (error) => {
       const at = this.#playlist.indexOf(prompt);
@@ -1332,13 +1336,13 @@ export class Ivr extends Session {
     const at = this.#playlist.findIndex((prompt) => !file || file === prompt.file);
     if (at < 0) return false;
     const { tell } = this.#playlist[at]!;
-    this.#ended("skipped", at);
-    this.#ended(type as Outcome, 1);
+    this.#tell("skipped", at);
+    this.#tell(type as Outcome, 1);
     return !!tell;
   }
 
   /** Tells what became of the first files of the playlist. */
-  #ended(outcome: Outcome, count = Infinity): void {
+  #tell(outcome: Outcome, count = Infinity): void {
     for (const { tell } of this.#playlist.splice(0, count)) tell?.(outcome);
   }
 }
