@@ -160,8 +160,8 @@ function eventIn(text: string, from: number, to: number): IvrEvent {
  * Writes an event as Asterisk does, with its newline: the other direction of {@linkcode parseEvent}, for hosts and
  * tests.
  *
- * @throws {IvrError} `invalid` for what would not be read as it was written: a CR, LF or NUL, an empty text, a comma in
- * one of the `params`, a timestamp that is no integer, an `unknown` line that means something.
+ * @throws {IvrError} `invalid` for what would not be read as it was written: a CR, LF or NUL, an empty text, half of a
+ * surrogate pair, a comma in one of the `params`, a timestamp that is no integer, an `unknown` line that means something.
  *
  * @example
  * ```ts
@@ -175,7 +175,10 @@ export function formatEvent(event: IvrEvent): string {
   return format(event, EVENTS, parseEvent);
 }
 
-/** A line of each type. From how it is read `format` learns how to write it: its tag, and its fields in their order. */
+/**
+ * A line of each type. From how it is read `format` learns how to write it: its tag, and its fields in their order. So a
+ * new type needs a line here, besides its place in the union and in the parser.
+ */
 const EVENTS = "1,0 F,0,x T,0,x D,0,x Z,0,x P,0,x G,0,x I,0,x H,0 E,0 ?".split(" ");
 
 /** Bytes as a `TextEncoder` makes them: never of shared memory, which streams of some types refuse. */
@@ -335,9 +338,9 @@ export function parseCommand(line: string): IvrCommand {
 /**
  * Writes a command with its newline. The payload is never empty, since Asterisk ignores a command without one.
  *
- * @throws {IvrError} `invalid` for what Asterisk would not read as it was written: an empty text, a CR, LF or NUL, a
- * blank at an end, a comma in a variable's name or value, an equals sign in a name, a key that does not exist, more than
- * 1022 bytes.
+ * @throws {IvrError} `invalid` for what Asterisk would not read as it was written: a text that is empty or ends with a
+ * blank, a CR, LF or NUL, half of a surrogate pair, a comma in a variable's name or value, an equals sign in a name, a
+ * key that does not exist, more than 1022 bytes.
  *
  * @example
  * ```ts
@@ -371,7 +374,7 @@ export function parseVariables(data: string, names: string[]): Record<string, st
     const [pair = ""] = data.split(`,${names[i + 1] ?? "\n"}=`, 1); // no value has a newline
     data = data.slice(pair.length + 1);
     return pair.startsWith(`${name}=`) ? [[name, pair.slice(name.length + 1)]] : [];
-  })); // which takes "__proto__" as a name like any other
+  })); // `fromEntries` takes "__proto__" as a name like any other
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -421,8 +424,8 @@ export interface LinesOptions {
  *
  * A line is a slice of its chunk's text: keep a copy of what is to be kept long.
  *
- * @throws {IvrError} `overflow` when a line exceeds `maxBuffer`, after the lines before it; `invalid` for a `maxBuffer` that
- * is no number above zero.
+ * @throws {IvrError} `overflow` when a line exceeds `maxBuffer`, after the lines before it; `invalid` for a `maxBuffer`
+ * that is no number from 1.
  *
  * @example
  * ```ts
@@ -444,7 +447,7 @@ export async function* lines(readable: Source, options?: LinesOptions): AsyncGen
       try {
         cutter.cut(value, (text, from, to) => found.push(text.slice(from, to)));
       } finally {
-        yield* found;
+        yield* found; // those before a line that is too long, as well
       }
     }
   } finally {
@@ -628,7 +631,7 @@ const AHEAD = 1 / 16;
 
 const over = (cause?: unknown): IvrError => new IvrError("ended", "The call is over", { cause });
 
-type Timer = ReturnType<typeof setTimeout> | undefined;
+type Timer = ReturnType<typeof setTimeout> | undefined; // `clearTimeout(timer!)`: the types of Workers take no undefined
 
 /** A timer that keeps no process alive. */
 function later(run: () => void, ms: number): Timer {
