@@ -240,7 +240,7 @@ const RULES: { [field: string]: string } = {
     "names on one line, not empty, without commas and equals signs, values without commas and blanks at the end",
 };
 
-const TEXT = "text on one line, not empty, without a blank at the end";
+const TEXT = "text of whole characters on one line, not empty, without a blank at the end";
 
 /** Throws for a value: names it, and the rule. */
 function refuse(doing: string, field: string, value: unknown, rule = RULES[field] ?? TEXT): never {
@@ -680,10 +680,10 @@ function promised<T>(run: ConstructorParameters<typeof Promise<T>>[0]): Promise<
  * ```ts
  * import { Session, type Sink, type Source } from "@externalivr/protocol";
  *
- * async function echoKeys(streams: { readable: Source; writable: Sink }) {
+ * async function beepAtKeys(streams: { readable: Source; writable: Sink }) {
  *   const session = new Session(streams);
  *   for await (const event of session) {
- *     if (event.type === "dtmf") session.send({ type: "play", file: `digits/${event.digit}` });
+ *     if (event.type === "dtmf") session.send({ type: "play", file: "beep" });
  *   }
  * }
  * ```

@@ -1271,17 +1271,18 @@ test("session: a consumer that keeps up never overflows, however fast the bytes 
   assert.deepEqual(await host.session.closed, { by: "disconnect" });
 });
 
-test("session: a consumer that takes an event a turn keeps up as well, and is not the peer's silence", async () => {
-  await using host = playHost({ maxBuffer: 120, keepAlive: 30 });
-  host.write("F,1,x\n".repeat(300));
-  host.end();
-  let seen = 0;
-  for await (const _ of host.session) {
-    seen++;
-    await pause();
+test("session: a consumer that takes an event every turn or every other one keeps up as well", async () => {
+  for (const turns of [1, 2]) {
+    await using host = playHost({ maxBuffer: 120 });
+    host.write("F,1,x\n".repeat(300));
+    host.end();
+    let seen = 0;
+    for await (const _ of host.session) {
+      seen++;
+      for (let turn = 0; turn < turns; turn++) await pause();
+    }
+    assert.equal(seen, 300);
   }
-  assert.equal(seen, 300);
-  assert.equal(await host.hears(), "(end)");
 });
 
 test("session: keys that wait while a gather plays, and other events behind them, cost each their own", async () => {
