@@ -771,16 +771,20 @@ export class Session {
   [Symbol.asyncIterator](): AsyncIterableIterator<IvrEvent, undefined> {
     type Result = IteratorResult<IvrEvent, undefined>;
     let left = false;
+    let waits = 0;
+    let last: Promise<Result>;
     this.#loops++;
     const wait = async (): Promise<Result> => {
+      if (waits++) await last; // who asked first is the first to get one
       const value = await this.until(() => left || this.take());
+      waits--;
       if (!value && this.#ending!.by === "error") throw this.#ending!.error;
       return (typeof value === "object" ? { value, done: false } : { value: undefined, done: true }) as Result;
     };
     const iterator: AsyncIterableIterator<IvrEvent, undefined> = {
       next: () => {
-        const value = left ? undefined : this.take(); // here as well: most often one waits, and `until` costs more
-        return value ? Promise.resolve({ value, done: false }) : promised((resolve) => resolve(wait()));
+        const value = left || waits ? undefined : this.take(); // here as well: most often one waits, and `until` costs more
+        return value ? Promise.resolve({ value, done: false }) : last = promised((resolve) => resolve(wait()));
       },
       return: () => {
         if (!left) this.#loops--;

@@ -718,6 +718,16 @@ test("session: two waits get an event each, and a loop that was left swallows no
   assert.equal((await left.next()).done, true);
 });
 
+test("session: of two waits of one loop the older has the older event, whoever runs between", async () => {
+  await using host = playHost();
+  const loop = host.session[Symbol.asyncIterator]();
+  const waits = [loop.next()];
+  const got = host.session.send({ type: "get", names: ["A"] }).then(() => waits.push(loop.next()));
+  host.say("G,1,A=", "1,1", "2,1");
+  await got;
+  assert.deepEqual((await Promise.all(waits)).map(({ value }) => brief(value!)), ["1", "2"]);
+});
+
 test("session: a wait that nobody looks at is no unhandled rejection", async () => {
   await using host = playHost({ maxBuffer: 50 });
   host.session[Symbol.asyncIterator]().next();
