@@ -973,7 +973,7 @@ export class Session {
   /** Asterisk is gone, but its last words may still be on their way. */
   #broke(error: unknown): void {
     error ||= new Error("The stream broke");
-    this.#end({ by: error instanceof IvrError ? "error" : "disconnect", error });
+    this.#end({ by: Object(error).code === "overflow" ? "error" : "disconnect", error });
   }
 
   #finish(): void {

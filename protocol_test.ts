@@ -1094,6 +1094,15 @@ test("session: a stream that breaks is the end of a call, after the events befor
   await assert.rejects(pending, (error: Error) => code("ended")(error) && error.cause === RESET);
 });
 
+test("session: a stream that another call's end broke is no limit of this one", async () => {
+  for (const error of [new IvrError("ended", "The call is over"), undefined]) {
+    await using host = playHost();
+    host.breaks(error as Error);
+    assert.deepEqual(await all(host.session), []);
+    assert.equal((await host.session.closed).by, "disconnect");
+  }
+});
+
 test("session: a stream of events that breaks breaks off the commands", async () => {
   const broken = new Promise((resolve) => {
     const readable = new ReadableStream({ start: (controller) => controller.error(RESET) });
