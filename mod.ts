@@ -1327,6 +1327,8 @@ export class Ivr extends Session {
       // `S` and `I` clear: what is still before them was skipped, and the `I` itself is over. A refused one has left the
       // playlist, and clears nothing
       if (type !== "queue") this.#tell("skipped", this.#playlist.indexOf(prompt) + (file ? 0 : 1));
+      // With option `i` nobody is left to hear it
+      if (this.signal.aborted) this.#tell("ended", this.#playlist.indexOf(prompt) + 1);
       done(reply);
     }, (error) => {
       const at = this.#playlist.indexOf(prompt);

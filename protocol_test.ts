@@ -1062,6 +1062,15 @@ test("session: behind its last words Asterisk is sent nothing more, and whatever
   }
 });
 
+test("session: with the option i no prompt waits for a caller who is gone, whatever the host takes", async () => {
+  await using host = playHost();
+  host.say("I,1,HANGUP");
+  await next(host.session);
+  const prompts = [host.session.play("taken"), host.session.queue("refused"), host.session.queue("taken")];
+  host.say("G,1,EIVR_ACK_1=", "Z,1", "G,1,EIVR_ACK_2=", "G,1,EIVR_ACK_3=");
+  assert.deepEqual(await Promise.all(prompts), ["ended", "refused", "ended"]);
+});
+
 test("session: an I that tells of no hangup leaves the caller where they are", async () => {
   await using host = playHost();
   host.say("I,1,HANGUPS");
