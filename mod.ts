@@ -445,7 +445,7 @@ export async function* lines(readable: Source, options?: LinesOptions): AsyncGen
       ended = done;
       const found: string[] = [];
       try {
-        cutter.cut(value, (text, from, to) => found.push(text.slice(from, to)));
+        cutter.cut(done ? undefined : value, (text, from, to) => found.push(text.slice(from, to)));
       } finally {
         yield* found; // those before a line that is too long, as well
       }
@@ -873,7 +873,10 @@ export class Session {
 
   /** Takes what a chunk brings, and tells whether there may be more. Apart from `#read`, which would keep the chunk. */
   #hear({ done, value }: Chunk): boolean {
-    this.#backlog.cut(value, (text, from, to) => this.#receive(eventIn(text, from, to), to - from + 1, done));
+    this.#backlog.cut(
+      done ? undefined : value,
+      (text, from, to) => this.#receive(eventIn(text, from, to), to - from + 1, done),
+    );
     this.change();
     this.#listen();
     return !done;

@@ -639,6 +639,20 @@ test("lines: a byte order mark is data, an empty stream has no line, a newline a
   assert.deepEqual(await all(lines(streamOf(utf8("\n")))), [""]);
 });
 
+test("lines: an end that comes with an empty chunk, as readers into a buffer give, is one", async () => {
+  const ends = () => {
+    const chunks = [{ done: false, value: utf8("1,1\nH,1") }, { done: true, value: utf8("") }];
+    const reader = {
+      read: () => Promise.resolve(chunks.shift()!),
+      cancel: () => Promise.resolve(),
+      releaseLock: () => {},
+    };
+    return { getReader: () => reader };
+  };
+  assert.deepEqual(await all(lines(ends())), ["1,1", "H,1"]);
+  assert.deepEqual(await new Ivr({ readable: ends(), writable: new WritableStream() }).closed, { by: "caller" });
+});
+
 test("lines: malformed bytes become U+FFFD and never an error, as if they had come at once", () =>
   forAll(200, async (random) => {
     const bytes = Uint8Array.from(
