@@ -441,11 +441,11 @@ export async function* lines(readable: Source, options?: LinesOptions): AsyncGen
   const reader = readable.getReader();
   try {
     for (let ended = false; !ended;) {
-      const { done, value } = await reader.read();
-      ended = done;
+      const chunk = await reader.read();
+      ended = chunk.done;
       const found: string[] = [];
       try {
-        cutter.cut(done ? undefined : value, (text, from, to) => found.push(text.slice(from, to)));
+        cutter.cut(chunk, (text, from, to) => found.push(text.slice(from, to)));
       } finally {
         yield* found; // those before a line that is too long, as well
       }
@@ -459,6 +459,9 @@ function checkNumber(doing: string, field: string, value: unknown, least: number
   if (typeof value !== "number" || !(value >= least)) refuse(doing, field, value, `a number from ${least}`);
 }
 
+/** What a source brings: some bytes, or its end. */
+type Chunk = Awaited<ReturnType<ReturnType<Source["getReader"]>["read"]>>;
+
 /** Cuts chunks into lines, and hands on each where it stands in the text of its chunk. */
 class Cutter {
   readonly maxBuffer: number;
@@ -470,11 +473,11 @@ class Cutter {
     this.maxBuffer = maxBuffer;
   }
 
-  /** Takes the next chunk; none at the end, which also ends the last line. Throws where a line is too long. */
-  cut(chunk: Uint8Array | undefined, hand: (text: string, from: number, to: number) => void): void {
+  /** Takes the next chunk; the end ends the last line as well, whatever comes with it. Throws where a line is too long. */
+  cut({ done, value }: Chunk, hand: (text: string, from: number, to: number) => void): void {
     this.#decoder ??= new TextDecoder("utf-8", { fatal: false, ignoreBOM: true });
-    let text = this.#decoder.decode(chunk, { stream: !!chunk });
-    if (!chunk && (this.rest || text)) text += "\n";
+    let text = this.#decoder.decode(done ? undefined : value, { stream: !done });
+    if (done && (this.rest || text)) text += "\n";
     let from = 0;
     // Only what is new is searched: a long line in small chunks would take for ever
     for (let to, next; (to = text.indexOf("\n", from)) >= 0; from = next) {
@@ -553,9 +556,6 @@ export interface Ending {
 export type Reply<Command extends IvrCommand> = Command extends { type: "get" } ? string
   : Command extends { type: "params" } ? string[]
   : void;
-
-/** What the stream of events brings. */
-type Chunk = Awaited<ReturnType<ReturnType<Source["getReader"]>["read"]>>;
 
 /** A command that awaits its answer. */
 interface Asked {
@@ -872,14 +872,11 @@ export class Session {
   }
 
   /** Takes what a chunk brings, and tells whether there may be more. Apart from `#read`, which would keep the chunk. */
-  #hear({ done, value }: Chunk): boolean {
-    this.#backlog.cut(
-      done ? undefined : value,
-      (text, from, to) => this.#receive(eventIn(text, from, to), to - from + 1, done),
-    );
+  #hear(chunk: Chunk): boolean {
+    this.#backlog.cut(chunk, (text, from, to) => this.#receive(eventIn(text, from, to), to - from + 1, chunk.done));
     this.change();
     this.#listen();
-    return !done;
+    return !chunk.done;
   }
 
   /** Asks for a sign of life after a silence, and ends the call after another. */
