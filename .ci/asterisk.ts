@@ -293,15 +293,17 @@ class Log {
 
 /** What recordings tell of a line of the log, if anything. */
 function recorded(line: string, i: number, lines: string[]): string[] {
-  const [, level, file, text] = /^(\w+) (\S+): (.*)$/s.exec(line)!;
+  const [, level, file, text] = /^(\w+) (\S*): (.*)$/s.exec(line)!; // a backtrace comes from no file
   if (file === "app_verbose.c") return [text!];
   if (file === "app.c") return level === "WARNING" ? [text!] : []; // of keys to be sent
   if (file !== "app_externalivr.c") return [];
   // The keys to be sent are logged as they came, and as they were read
   const sends = text!.startsWith("Sending DTMF: ") && !lines[i - 1]!.includes(": got command '");
   if (level === "VERBOSE") return sends ? [text!] : [];
+  // Older ones misspell a word
+  const told = text!.replace(/^\S+;2: /, "").replace(/^(e'X'it command is) depricated/, "$1 deprecated");
   // Behind what could not be opened is some earlier error
-  return [text!.replace(/^\S+;2: /, "").replace(/^(File '.*' could not be opened): .*/s, "$1")];
+  return [told.replace(/^(File '.*' could not be opened): .*/s, "$1")];
 }
 
 function decode(text: string): string {

@@ -106,8 +106,8 @@ export async function record(live: Live, scenario: RecordingFile): Promise<Recor
   };
 }
 
-/** All that a recording tells but when it was. */
-export function untimed({ received, ended, ...rest }: RecordingFile): unknown {
+/** All that a recording tells but when it was, and with which Asterisk. */
+export function untimed({ asterisk: _, received, ended, ...rest }: RecordingFile): unknown {
   const line = (text: string) => text.replace(/^(.), *-?\d+/, "$1");
   return { ...rest, received: received.map(([, text]) => line(text)), ended: ended && ended[1] };
 }
