@@ -197,50 +197,58 @@ const TEXTS: { [field: string]: (value: unknown) => unknown } = {
 };
 
 /**
- * Puts what is meant into the example of its type, field by field. Refuses the first with which the line does not read as
- * it was meant, or has a character that no line can carry: half of a surrogate pair arrives as something else.
+ * Puts what is meant into the example of its type, field by field: the first one last, which has the room that others
+ * leave. Refuses one with which the line does not read as it was meant, or has a character that no line can carry (half of
+ * a surrogate pair arrives as something else), or fails otherwise.
  */
-function format(meant: Fields, examples: string[], parse: (line: string) => Fields, most = Infinity): string {
+function format(
+  meant: Fields,
+  examples: string[],
+  parse: (line: string) => Fields,
+  fails?: (line: string) => boolean,
+): string {
   const doing = `send ${String(meant["type"])}`;
   let line = examples.find((line) => parse(line)["type"] === meant["type"]) ?? refuse(doing, "type", meant["type"]);
   const parts: unknown[] = line.split(",");
   const fields = parse(line);
   const names = Object.keys(fields);
-  for (const [i, field] of names.entries()) {
+  for (let i = names.length; --i;) { // all but the type
+    const field = names[i]!;
     const value = meant[field];
-    if (!i || value === undefined && fields[field] === fields["type"]) continue; // the type itself, and a placeholder
+    if (value === undefined && fields[field] === meant["type"]) continue; // a placeholder
     fields[field] = value;
     try {
-      parts[i in parts ? i : 0] = TEXTS[field]?.(value) ?? value; // a key, or an unknown line, stands where the tag does
+      parts[i % parts.length] = TEXTS[field]?.(value) ?? value; // a key, or an unknown line, stands where the tag does
+      if (parts.at(-1) === undefined) parts.pop();
       line = parts.join();
-      if (value === undefined) line = line.replace(/,+$/, "");
       const same = JSON.stringify(parse(line)) === JSON.stringify(fields);
-      if (same && !/[\0\r\n\p{Surrogate}]/u.test(line)) continue;
+      if (same && !/[\0\r\n\p{Cs}]/u.test(line) && !fails?.(line)) continue;
     } catch { /* no text at all */ }
     refuse(doing, field, value);
   }
-  const bytes = encode(line).length;
-  if (bytes > most) refuse(doing, names[1]!, meant[names[1]!], `at most ${most} bytes as a command, not ${bytes}`);
   return line + "\n";
 }
 
-/** What a field has to be, where the rule of texts does not say it. */
+/** What a field has to be that has no rule of its own. */
+const TEXT = "valid text on one line, not empty, in a command of at most 1022 bytes and without a blank at the end";
+
+/** The same of several texts. */
+const LIST = `${TEXT}, without commas, names without equals signs`;
+
+/** What other fields have to be. */
 const RULES: { [field: string]: string } = {
   type: "known",
-  line: "one unknown line",
+  line: "one unknown line, in a command of at most 1022 bytes",
   timestamp: "a whole number",
   interval: "a whole number from 0",
   duration: "a whole number from 0",
   on: "true or false",
   digit: "one of the keys 0-9 * # A-D",
-  digits: "keys 0-9 * # A-D, pauses w W, flashes f F",
-  params: "texts on one line, not empty, without commas",
-  names: "names on one line, not empty, without commas and equals signs",
-  variables:
-    "names on one line, not empty, without commas and equals signs, values without commas and blanks at the end",
+  digits: "keys 0-9 * # A-D, pauses w W, flashes f F, in a command of at most 1022 bytes",
+  params: LIST,
+  names: LIST,
+  variables: LIST,
 };
-
-const TEXT = "text of whole characters on one line, not empty, without a blank at the end";
 
 /** Throws for a value: names it, and the rule. */
 function refuse(doing: string, field: string, value: unknown, rule = RULES[field] ?? TEXT): never {
@@ -353,8 +361,9 @@ export function parseCommand(line: string): IvrCommand {
  */
 export function formatCommand(command: IvrCommand): string {
   // What reads back and means nothing: an empty name, a blank at a value's end, an equals sign in a name that is asked
-  const read = (line: string) => /^V.*(,=|[\0- ],)|^G.*(=|,,|,$)/s.test(line) ? {} : parseCommand(line);
-  return format(command, COMMANDS, read, MAX_COMMAND_BYTES);
+  const fails = (line: string) =>
+    /^V.*(,=|[\0- ],)|^G.*(=|,,|,$)/s.test(line) || encode(line).length > MAX_COMMAND_BYTES;
+  return format(command, COMMANDS, parseCommand, fails);
 }
 
 /**
@@ -1242,7 +1251,7 @@ export class Ivr extends Session {
         try {
           formatCommand({ type: "queue", file });
         } catch {
-          refuse("gather", "prompt", file, `${TEXT}, of at most 1020 bytes`);
+          refuse("gather", "prompt", file, TEXT);
         }
       }
       if (this.#gathering) refuse("gather", "gather", options, "the only one under way");
