@@ -134,25 +134,22 @@ function eventIn(text: string, from: number, to: number): IvrEvent {
     if (digit < 0 || digit > 9) break;
     timestamp = timestamp * 10 + sign * digit;
   }
-  if (at > start && text[from + 1] === "," && Number.isSafeInteger(timestamp)) {
-    const tag = text[from]!;
-    if (at === to) {
-      if ("0123456789*#ABCD".includes(tag)) return { type: "dtmf", timestamp, digit: tag as Digit };
-      if (tag === "T") return { type: "interrupted", timestamp };
-      if (tag === "Z") return { type: "failed", timestamp };
-      if (tag === "H") return { type: "hangup", timestamp };
-      if (tag === "E") return { type: "exit", timestamp };
-    } else if (text[at] === "," && ++at < to) {
-      const data = text.slice(at, to);
-      if (tag === "F") return { type: "finished", timestamp, file: data };
-      if (tag === "T") return { type: "interrupted", timestamp, file: data };
-      if (tag === "D") return { type: "dropped", timestamp, file: data };
-      if (tag === "Z") return { type: "failed", timestamp, reason: data };
-      if (tag === "P") return { type: "params", timestamp, params: data.split(",") };
-      if (tag === "G") return { type: "variables", timestamp, data };
-      if (tag === "I") return { type: "inform", timestamp, message: data };
-    }
-  }
+  const dated = at > start && text[from + 1] === "," && Number.isSafeInteger(timestamp);
+  const bare = dated && at === to;
+  const data = dated && !bare && text[at] === "," ? text.slice(at + 1, to) : "";
+  const tag = text[from]!;
+  if (bare && "0123456789*#ABCD".includes(tag)) return { type: "dtmf", timestamp, digit: tag as Digit };
+  if (data && tag === "F") return { type: "finished", timestamp, file: data };
+  if (data && tag === "D") return { type: "dropped", timestamp, file: data };
+  if (data && tag === "T") return { type: "interrupted", timestamp, file: data };
+  if (data && tag === "Z") return { type: "failed", timestamp, reason: data };
+  if (data && tag === "G") return { type: "variables", timestamp, data };
+  if (data && tag === "I") return { type: "inform", timestamp, message: data };
+  if (data && tag === "P") return { type: "params", timestamp, params: data.split(",") };
+  if (bare && tag === "T") return { type: "interrupted", timestamp };
+  if (bare && tag === "Z") return { type: "failed", timestamp };
+  if (bare && tag === "H") return { type: "hangup", timestamp };
+  if (bare && tag === "E") return { type: "exit", timestamp };
   return { type: "unknown", line: text.slice(from, to) };
 }
 
@@ -326,20 +323,22 @@ export function parseCommand(line: string): IvrCommand {
       ...duration && { duration: Number(duration) },
     };
   }
-  if (letter === "V") {
-    const pairs = payload.split(",").map((pair) => pair.replace(/=|$/, "\0").split("\0")); // no payload has a NUL
-    return { type: "set", variables: Object.fromEntries(pairs) };
-  }
-  if (letter === "O" && /^(no)?autoclear$/i.test(payload)) return { type: "autoclear", on: /^a/i.test(payload) };
   if (letter === "S") return { type: "play", file: payload };
   if (letter === "A") return { type: "queue", file: payload };
-  if (letter === "I") return { type: "interrupt" };
-  if (letter === "T") return { type: "answer" };
-  if (letter === "G") return { type: "get", names: payload.split(",") };
-  if (letter === "P") return { type: "params" };
   if (letter === "L") return { type: "log", message: payload };
   if (letter === "H") return { type: "hangup", message: payload };
   if (letter === "E" || letter === "X") return { type: "exit", message: payload };
+  if (letter === "I") return { type: "interrupt" };
+  if (letter === "T") return { type: "answer" };
+  if (letter === "P") return { type: "params" };
+  if (letter === "G") return { type: "get", names: payload.split(",") };
+  if (letter === "V") {
+    return {
+      type: "set",
+      variables: Object.fromEntries(payload.split(",").map((pair) => pair.replace(/=|$/, "\0").split("\0"))), // it has no NUL
+    };
+  }
+  if (letter === "O" && /^(no)?autoclear$/i.test(payload)) return { type: "autoclear", on: /^a/i.test(payload) };
   return { type: "unknown", line: chomp(line) };
 }
 
