@@ -140,12 +140,12 @@ function eventIn(text: string, from: number, to: number): IvrEvent {
   const tag = text[from]!;
   if (bare && "0123456789*#ABCD".includes(tag)) return { type: "dtmf", timestamp, digit: tag as Digit };
   if (data && tag === "F") return { type: "finished", timestamp, file: data };
-  if (data && tag === "D") return { type: "dropped", timestamp, file: data };
   if (data && tag === "T") return { type: "interrupted", timestamp, file: data };
+  if (data && tag === "D") return { type: "dropped", timestamp, file: data };
   if (data && tag === "Z") return { type: "failed", timestamp, reason: data };
   if (data && tag === "G") return { type: "variables", timestamp, data };
-  if (data && tag === "I") return { type: "inform", timestamp, message: data };
   if (data && tag === "P") return { type: "params", timestamp, params: data.split(",") };
+  if (data && tag === "I") return { type: "inform", timestamp, message: data };
   if (bare && tag === "T") return { type: "interrupted", timestamp };
   if (bare && tag === "Z") return { type: "failed", timestamp };
   if (bare && tag === "H") return { type: "hangup", timestamp };
@@ -176,7 +176,7 @@ export function formatEvent(event: IvrEvent): string {
  * A line of each type. From how it is read `format` learns how to write it: its tag, and its fields in their order. So a
  * new type needs a line here, besides its place in the union and in the parser.
  */
-const EVENTS = "1,0 F,0,x T,0,x D,0,x Z,0,x P,0,x G,0,x I,0,x H,0 E,0 ?".split(" ");
+const EVENTS = "1,0 F,0,0 T,0,0 D,0,0 Z,0,0 P,0,0 G,0,0 I,0,0 H,0 E,0 ?".split(" ");
 
 /** Bytes as a `TextEncoder` makes them: never of shared memory, which streams of some types refuse. */
 export type Bytes = ReturnType<InstanceType<typeof TextEncoder>["encode"]>;
@@ -204,7 +204,7 @@ function format(
   parse: (line: string) => Fields,
   fails?: (line: string) => boolean,
 ): string {
-  const doing = `send ${String(meant["type"])}`;
+  const doing = "send " + String(meant["type"]);
   let line = examples.find((line) => parse(line)["type"] === meant["type"]) ?? refuse(doing, "type", meant["type"]);
   const parts: unknown[] = line.split(",");
   const fields = parse(line);
@@ -218,8 +218,8 @@ function format(
       parts[i % parts.length] = TEXTS[field]?.(value) ?? value; // a key, or an unknown line, stands where the tag does
       if (parts.at(-1) === undefined) parts.pop();
       line = parts.join();
-      const same = JSON.stringify(parse(line)) === JSON.stringify(fields);
-      if (same && !/[\0\r\n\p{Cs}]/u.test(line) && !fails?.(line)) continue;
+      const same = JSON.stringify(fields) === JSON.stringify(parse(line));
+      if (same && !/[\r\n\0\p{Cs}]/u.test(line) && !fails?.(line)) continue;
     } catch { /* no text at all */ }
     refuse(doing, field, value);
   }
@@ -227,21 +227,21 @@ function format(
 }
 
 /** What a field has to be that has no rule of its own. */
-const TEXT = "valid text on one line, not empty, in a command of at most 1022 bytes and without a blank at the end";
+const TEXT = "valid text on one line, not empty, in a command up to 1022 bytes not ending in a blank";
 
 /** The same of several texts. */
-const LIST = `${TEXT}, without commas, names without equals signs`;
+const LIST = TEXT + ", without commas, names without equals signs";
 
 /** What other fields have to be. */
 const RULES: { [field: string]: string } = {
   type: "known",
-  line: "one unknown line, in a command of at most 1022 bytes",
+  line: "unknown, on one line, in a command up to 1022 bytes",
   timestamp: "a whole number",
   interval: "a whole number from 0",
   duration: "a whole number from 0",
-  on: "true or false",
-  digit: "one of the keys 0-9 * # A-D",
-  digits: "keys 0-9 * # A-D, pauses w W, flashes f F, in a command of at most 1022 bytes",
+  on: "a boolean",
+  digit: "one of 0-9 * # A-D",
+  digits: "keys 0-9 * # A-D w W f F, in a command up to 1022 bytes",
   params: LIST,
   names: LIST,
   variables: LIST,
@@ -293,7 +293,7 @@ export type IvrCommand =
 const MAX_COMMAND_BYTES = 1022;
 
 /** The same of commands. Asterisk ignores one without a payload: the type fills its place where nothing has to be said. */
-const COMMANDS = "S,x A,x I,interrupt T,answer D,0,0,0 O,autoclear V,x G,x P,params L,x H,hangup E,exit ?".split(" ");
+const COMMANDS = "S,0 A,0 I,interrupt T,answer D,0,0,0 O,autoclear V,0 G,0 P,params L,0 H,hangup E,exit ?".split(" ");
 
 /**
  * Reads one command as Asterisk does: a NUL ends it, blanks at its end are trimmed, only its first character and what
@@ -328,16 +328,16 @@ export function parseCommand(line: string): IvrCommand {
   if (letter === "L") return { type: "log", message: payload };
   if (letter === "H") return { type: "hangup", message: payload };
   if (letter === "E" || letter === "X") return { type: "exit", message: payload };
-  if (letter === "I") return { type: "interrupt" };
-  if (letter === "T") return { type: "answer" };
-  if (letter === "P") return { type: "params" };
   if (letter === "G") return { type: "get", names: payload.split(",") };
   if (letter === "V") {
-    return {
+    return { // a payload has no NUL
       type: "set",
-      variables: Object.fromEntries(payload.split(",").map((pair) => pair.replace(/=|$/, "\0").split("\0"))), // it has no NUL
+      variables: Object.fromEntries(payload.split(",").map((pair) => pair.replace(/=|$/, "\0").split("\0"))),
     };
   }
+  if (letter === "P") return { type: "params" };
+  if (letter === "I") return { type: "interrupt" };
+  if (letter === "T") return { type: "answer" };
   if (letter === "O" && /^(no)?autoclear$/i.test(payload)) return { type: "autoclear", on: /^a/i.test(payload) };
   return { type: "unknown", line: chomp(line) };
 }
@@ -361,7 +361,7 @@ export function parseCommand(line: string): IvrCommand {
 export function formatCommand(command: IvrCommand): string {
   // What reads back and means nothing: an empty name, a blank at a value's end, an equals sign in a name that is asked
   const fails = (line: string) =>
-    /^V.*(,=|[\0- ],)|^G.*(=|,,|,$)/s.test(line) || encode(line).length > MAX_COMMAND_BYTES;
+    encode(line).length > MAX_COMMAND_BYTES || /^V.*(,=|[\0- ],)|^G.*(=|,,|,$)/s.test(line);
   return format(command, COMMANDS, parseCommand, fails);
 }
 
@@ -379,7 +379,7 @@ export function formatCommand(command: IvrCommand): string {
  */
 export function parseVariables(data: string, names: string[]): Record<string, string> {
   return Object.fromEntries(names.flatMap((name, i) => {
-    const [pair = ""] = data.split(`,${names[i + 1] ?? "\n"}=`, 1); // no value has a newline
+    const pair = data.split(`,${names[i + 1] ?? "\n"}=`, 1)[0]!; // no value has a newline
     data = data.slice(pair.length + 1);
     return pair.startsWith(`${name}=`) ? [[name, pair.slice(name.length + 1)]] : [];
   })); // `fromEntries` takes "__proto__" as a name like any other
