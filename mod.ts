@@ -124,16 +124,17 @@ function chomp(line: string): string {
 function eventIn(text: string, from: number, to: number): IvrEvent {
   let at = from + 2;
   while (text[at] === " ") at++; // "%10d" pads with blanks on the left
-  const sign = text[at] === "-" ? -1 : 1;
-  if (sign < 0) at++;
-  const start = at;
+  const minus = text[at] === "-";
+  if (minus) at++;
   let timestamp = 0;
+  const start = at;
   // Never past the end: where a code was once read there, JavaScriptCore reads all of them more slowly
   for (; at < to; at++) {
     const digit = text.charCodeAt(at) - 48;
     if (digit < 0 || digit > 9) break;
-    timestamp = timestamp * 10 + sign * digit;
+    timestamp = timestamp * 10 + digit;
   }
+  if (minus) timestamp = 0 - timestamp; // never -0
   const dated = at > start && text[from + 1] === "," && Number.isSafeInteger(timestamp);
   const bare = dated && at === to;
   const data = dated && !bare && text[at] === "," ? text.slice(at + 1, to) : "";
@@ -181,7 +182,9 @@ const EVENTS = "1,0 F,0,0 T,0,0 D,0,0 Z,0,0 P,0,0 G,0,0 I,0,0 H,0 E,0 ?".split("
 /** Bytes as a `TextEncoder` makes them: never of shared memory, which streams of some types refuse. */
 export type Bytes = ReturnType<InstanceType<typeof TextEncoder>["encode"]>;
 
-const encode = (text: string): Bytes => new TextEncoder().encode(text);
+function encode(text: string): Bytes {
+  return new TextEncoder().encode(text);
+}
 
 /** An event or command by the names of its fields. */
 type Fields = { [field: string]: unknown };
@@ -314,11 +317,11 @@ export function parseCommand(line: string): IvrCommand {
   while (line[end - 1]! <= " ") end--;
   const payload = line.slice(2, end);
   const letter = payload && line[0];
-  if (letter === "D" && /^[\da-dfw*#]+(,\d*){0,2}$/i.test(payload)) {
-    const [digits = "", interval, duration] = payload.split(",");
+  if (letter === "D" && /^[\da-dfw*#]+(,\d*)?(,\d*)?$/i.test(payload)) {
+    const [digits, interval, duration] = payload.split(",");
     return {
       type: "dtmf",
-      digits,
+      digits: digits!,
       ...interval && { interval: Number(interval) },
       ...duration && { duration: Number(duration) },
     };
