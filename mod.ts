@@ -113,11 +113,8 @@ export class IvrError extends Error {
  * ```
  */
 export function parseEvent(line: string): IvrEvent {
-  return eventIn(line, 0, chomp(line).length);
-}
-
-function chomp(line: string): string {
-  return line.endsWith("\n") ? line.replace(/\r?\n$/, "") : line;
+  if (line.endsWith("\n")) line = line.replace(/\r?\n$/, "");
+  return eventIn(line, 0, line.length);
 }
 
 /** Reads the line that stands between two places of a text, so that nobody has to cut it out first. */
@@ -322,15 +319,12 @@ export function parseCommand(line: string): IvrCommand {
     return {
       type: "dtmf",
       digits: digits!,
-      ...interval && { interval: Number(interval) },
-      ...duration && { duration: Number(duration) },
+      ...interval && { interval: +interval },
+      ...duration && { duration: +duration },
     };
   }
   if (letter === "S") return { type: "play", file: payload };
   if (letter === "A") return { type: "queue", file: payload };
-  if (letter === "L") return { type: "log", message: payload };
-  if (letter === "H") return { type: "hangup", message: payload };
-  if (letter === "E" || letter === "X") return { type: "exit", message: payload };
   if (letter === "G") return { type: "get", names: payload.split(",") };
   if (letter === "V") {
     return { // a payload has no NUL
@@ -338,11 +332,14 @@ export function parseCommand(line: string): IvrCommand {
       variables: Object.fromEntries(payload.split(",").map((pair) => pair.replace(/=|$/, "\0").split("\0"))),
     };
   }
+  if (letter === "L") return { type: "log", message: payload };
+  if (letter === "H") return { type: "hangup", message: payload };
+  if (letter === "E" || letter === "X") return { type: "exit", message: payload };
   if (letter === "P") return { type: "params" };
   if (letter === "I") return { type: "interrupt" };
   if (letter === "T") return { type: "answer" };
   if (letter === "O" && /^(no)?autoclear$/i.test(payload)) return { type: "autoclear", on: /^a/i.test(payload) };
-  return { type: "unknown", line: chomp(line) };
+  return { type: "unknown", line: line.replace(/\r?\n$/, "") };
 }
 
 /**

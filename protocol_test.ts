@@ -491,7 +491,7 @@ const REFUSED_COMMANDS: [field: string, type: string, values: unknown[]][] = [
   ["variables", "set", [{}, { A: "1,2" }, { A: "1\n2" }, { A: "1 " }, { A: "1 ", B: "2" }, { A: 1 }]],
   ["variables", "set", [{ "": "1" }, { A: "1", "": "2" }, { "A,B": "1" }, { "A=B": "1" }]],
   ["names", "get", [[], [""], ["A", ""], ["", "A"], ["A", "", "B"], ["A,B"], ["A=B"], Array(200).fill("NAME1")]],
-  ["names", "get", STRANGE_VALUES],
+  ["names", "get", [["\u2028", ""], ...STRANGE_VALUES]],
   ["variables", "set", STRANGE_VALUES],
   ["line", "unknown", ["H,bye", "Q\nH,bye", "Q".repeat(1023), undefined]],
 ];
