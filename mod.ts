@@ -194,9 +194,9 @@ const TEXTS: { [field: string]: (value: unknown) => unknown } = {
 };
 
 /**
- * Puts what is meant into the example of its type, field by field: the first one last, which has the room that others
- * leave. Refuses one with which the line does not read as it was meant, or has a character that no line can carry (half of
- * a surrogate pair arrives as something else), or fails otherwise.
+ * Puts what is meant into the example of its type, field by field from the last, so that the first, which may be long, is
+ * measured beside the others. Refuses one with which the line does not read as it was meant, has a character that no line
+ * can carry (half of a surrogate pair arrives as something else), or fails otherwise.
  */
 function format(
   meant: Fields,
