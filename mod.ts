@@ -488,15 +488,10 @@ class Cutter {
     if (done && (this.rest || text)) text += "\n";
     let from = 0;
     // Only what is new is searched: a long line in small chunks would take for ever
-    for (let to, next; (to = text.indexOf("\n", from)) >= 0; from = next) {
-      next = to + 1;
-      let line = text;
-      if (this.rest) {
-        line = this.rest + text.slice(from, to);
-        this.rest = "";
-        from = 0;
-        to = line.length;
-      }
+    for (let end; (end = text.indexOf("\n", from)) >= 0; from = end + 1) {
+      const line = this.rest ? this.rest + text.slice(0, end) : text;
+      let to = this.rest.length + end; // what is left of the chunk before stands in front of the first
+      this.rest = "";
       if (line[to - 1] === "\r") to--;
       if (to - from > this.maxBuffer) throw this.overflow();
       hand(line, from, to);
