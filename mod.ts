@@ -448,9 +448,8 @@ export async function* lines(readable: Source, options?: LinesOptions): AsyncGen
   const cutter = new Cutter(options);
   const reader = readable.getReader();
   try {
-    for (let ended = false; !ended;) {
-      const chunk = await reader.read();
-      ended = chunk.done;
+    for (let chunk: Chunk | undefined; !chunk?.done;) {
+      chunk = await reader.read();
       const found: string[] = [];
       try {
         cutter.cut(chunk, (text, from, to) => found.push(text.slice(from, to)));
@@ -459,12 +458,16 @@ export async function* lines(readable: Source, options?: LinesOptions): AsyncGen
       }
     }
   } finally {
-    await quietly(() => reader.cancel());
+    try {
+      await reader.cancel();
+    } catch { /* so be it */ }
   }
 }
 
-function checkNumber(doing: string, field: string, value: unknown, least: number): void {
-  if (typeof value !== "number" || !(value >= least)) refuse(doing, field, value, `a number from ${least}`);
+/** Gives the value back when it is a number in range. */
+function checkNumber(doing: string, field: string, value: unknown, least: number): number {
+  if (typeof value === "number" && value >= least) return value;
+  return refuse(doing, field, value, `a number from ${least}`);
 }
 
 /** What a source brings: some bytes, or its end. */
@@ -476,9 +479,8 @@ class Cutter {
   rest = ""; // a line whose end is in a later chunk
   #decoder?: InstanceType<typeof TextDecoder>; // made with the first bytes: a quiet call costs none
 
-  constructor({ maxBuffer = 2 ** 20 }: LinesOptions = {}) {
-    checkNumber("read", "maxBuffer", maxBuffer, 1);
-    this.maxBuffer = maxBuffer;
+  constructor(options?: LinesOptions) {
+    this.maxBuffer = checkNumber("read", "maxBuffer", options?.maxBuffer ?? 2 ** 20, 1);
   }
 
   /** Takes the next chunk; the end ends the last line as well, whatever comes with it. Throws where a line is too long. */
@@ -503,15 +505,6 @@ class Cutter {
   overflow(): IvrError {
     return new IvrError("overflow", `Cannot keep more than ${this.maxBuffer} characters`);
   }
-}
-
-const ignore = (): void => {};
-
-/** Runs something that may fail, at once or later: nobody has to know. */
-async function quietly(run: () => Promise<unknown>): Promise<void> {
-  try {
-    await run();
-  } catch { /* so be it */ }
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -605,10 +598,9 @@ class Backlog extends Cutter {
 
   /** Takes the oldest event, or the oldest key, or the oldest other one. */
   take(wanted?: "key" | "other"): IvrEvent | undefined {
-    const past = (place: Place) => place.next && (place.next.event.type === "dtmf") !== (wanted === "key");
-    const behind = wanted && past(this);
-    while (behind && past(this.#run)) this.#run = this.#run.next!;
-    const before = behind ? this.#run : this;
+    const past = (place: Place) => wanted && place.next && (place.next.event.type === "dtmf") !== (wanted === "key");
+    let before: Place = past(this) ? this.#run : this;
+    while (past(before)) this.#run = before = before.next!;
     const link = before.next;
     if (!link) return undefined;
     before.next = link.next;
@@ -647,6 +639,8 @@ function later(run: () => void, ms: number): Timer {
 /** What is known at once, a turn of the event loop later: who asks for it again and again stops nobody else. */
 const turn = <T>(known?: T): Promise<T> => new Promise((resolve) => setTimeout(resolve, 0, known as T));
 
+const ignore = (): void => {};
+
 /**
  * A promise that nobody has to await: its rejection is never an unhandled one. What `run` throws rejects it a turn of the
  * event loop later: who tries again and again, whatever comes, does not stop the process.
@@ -656,7 +650,7 @@ function promised<T>(run: ConstructorParameters<typeof Promise<T>>[0]): Promise<
     try {
       run(resolve, reject);
     } catch (error) {
-      setTimeout(() => reject(error));
+      turn(error).then(reject);
     }
   });
   promise.catch(ignore);
@@ -703,7 +697,7 @@ export class Session {
   #keepAlive: number;
 
   // What went out
-  #out = ""; // in a moment
+  #out: string[] = []; // in a moment
   #asked: Asked[] = []; // in order
   #count = 0; // of acknowledgements asked for
   #timer: Timer; // the next wake-up
@@ -724,8 +718,7 @@ export class Session {
    */
   constructor(streams: { readable: Source; writable: Sink }, options?: SessionOptions) {
     this.#backlog = new Backlog(options);
-    this.#keepAlive = options?.keepAlive ?? Infinity;
-    checkNumber("read", "keepAlive", this.#keepAlive, 1);
+    this.#keepAlive = checkNumber("read", "keepAlive", options?.keepAlive ?? Infinity, 1);
     this.#reader = streams.readable.getReader();
     try {
       this.#writer = streams.writable.getWriter();
@@ -946,13 +939,10 @@ export class Session {
 
   /** Writes what is sent in one turn in one go. */
   #write(text: string): void {
-    this.#out += text;
-    if (this.#out !== text) return; // goes out with what was there before
-    Promise.resolve().then(() => {
-      const bytes = encode(this.#out);
-      this.#out = "";
-      return this.#writer.write(bytes);
-    }).catch((error) => this.#broke(error));
+    if (this.#out.push(text) > 1) return; // goes out with what was there before
+    Promise.resolve()
+      .then(() => this.#writer.write(encode(this.#out.splice(0).join(""))))
+      .catch((error) => this.#broke(error));
   }
 
   /** Wakes Asterisk while something is awaited: a millisecond after a command or an answer, then ever more slowly. */
@@ -994,10 +984,10 @@ export class Session {
   /** Closes both streams: what was sent goes out first, unless something broke or the peer does not take it. */
   async #release(error: unknown): Promise<void> {
     const grace = new Promise<void>((resolve) => this.#wait(GRACE, resolve));
-    const inTime = (close: () => Promise<void>) => Promise.race([grace, quietly(close)]);
+    const inTime = (close: () => Promise<void>) => Promise.race([grace, close()]).catch(ignore);
     await turn(); // a socket that ends by itself, as Node's do, is to do so first: Deno fails when both close it in one turn
-    await inTime(() => error ? this.#writer.abort(error) : this.#writer.close());
-    await inTime(() => this.#reader.cancel());
+    await inTime(async () => error ? this.#writer.abort(error) : this.#writer.close());
+    await inTime(async () => this.#reader.cancel());
     clearTimeout(this.#patience!);
   }
 }
