@@ -479,8 +479,8 @@ class Cutter {
   rest = ""; // a line whose end is in a later chunk
   #decoder?: InstanceType<typeof TextDecoder>; // made with the first bytes: a quiet call costs none
 
-  constructor(options?: LinesOptions) {
-    this.maxBuffer = checkNumber("read", "maxBuffer", options?.maxBuffer ?? 2 ** 20, 1);
+  constructor({ maxBuffer = 2 ** 20 }: LinesOptions = {}) {
+    this.maxBuffer = checkNumber("read", "maxBuffer", maxBuffer, 1);
   }
 
   /** Takes the next chunk; the end ends the last line as well, whatever comes with it. Throws where a line is too long. */
@@ -562,12 +562,11 @@ interface Asked {
 }
 
 /** What an event may wait behind: another, or the backlog itself. */
-interface Place {
-  next: Link | undefined;
-}
+type Place = Pick<Link, "next">;
 
 /** An event that waits. */
-interface Link extends Place {
+interface Link {
+  next: Link | undefined;
   event: IvrEvent;
   /** In characters. */
   size: number;
@@ -756,8 +755,7 @@ export class Session {
    * both are closed, or after a second if one does not close. Never rejects.
    */
   close(): Promise<void> {
-    this.#finish();
-    return this.#released!;
+    return this.#released ??= this.#finish();
   }
 
   /**
@@ -864,7 +862,7 @@ export class Session {
     } catch (error) {
       this.#broke(error);
     }
-    this.#finish();
+    this.close();
   }
 
   /** Takes what a chunk brings, and tells whether there may be more. Apart from `#read`, which would keep the chunk. */
@@ -885,7 +883,7 @@ export class Session {
   }
 
   /** Waits for a word, or for the end, and no longer. */
-  #wait(ms: number, then: () => void = () => this.#finish()): void {
+  #wait(ms: number, then: () => void = () => this.close()): void {
     clearTimeout(this.#patience!);
     this.#patience = later(then, ms);
   }
@@ -969,20 +967,19 @@ export class Session {
     this.#end({ by: Object(error).code === "overflow" ? "error" : "disconnect", error });
   }
 
-  #finish(): void {
-    if (this.#released) return;
+  /**
+   * Settles what waits, and closes both streams: what was sent goes out first, unless something broke or the peer does not
+   * take it.
+   */
+  async #finish(): Promise<void> {
     this.#end({ by: "disconnect" });
     const { by, error } = this.#ending!;
     // A reset after our own H or E is Asterisk closing with our wake-ups unread
     if (by === "disconnect" && error && this.#leaving) this.#ending = { by: this.#leaving };
-    this.#released = this.#release(error);
+    await undefined; // now `#released` is set: a listener of the signal may close again
     this.#abort.abort(over());
     for (const { fail } of this.#asked.splice(0)) fail(over(error));
     this.change();
-  }
-
-  /** Closes both streams: what was sent goes out first, unless something broke or the peer does not take it. */
-  async #release(error: unknown): Promise<void> {
     const grace = new Promise<void>((resolve) => this.#wait(GRACE, resolve));
     const inTime = (close: () => Promise<void>) => Promise.race([grace, close()]).catch(ignore);
     await turn(); // a socket that ends by itself, as Node's do, is to do so first: Deno fails when both close it in one turn
