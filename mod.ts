@@ -486,8 +486,8 @@ class Cutter {
   /** Takes the next chunk; the end ends the last line as well, whatever comes with it. Throws where a line is too long. */
   cut({ done, value }: Chunk, hand: (text: string, from: number, to: number) => void): void {
     this.#decoder ??= new TextDecoder("utf-8", { fatal: false, ignoreBOM: true });
-    let text = this.#decoder.decode(done ? undefined : value, { stream: !done });
-    if (done && (this.rest || text)) text += "\n";
+    let text = this.#decoder.decode(value, { stream: !done });
+    if (done && this.rest + text) text += "\n";
     let from = 0;
     // Only what is new is searched: a long line in small chunks would take for ever
     for (let end; (end = text.indexOf("\n", from)) >= 0; from = end + 1) {
@@ -963,8 +963,7 @@ export class Session {
 
   /** Asterisk is gone, but its last words may still be on their way. */
   #broke(error: unknown): void {
-    error ||= new Error("The stream broke");
-    this.#end({ by: Object(error).code === "overflow" ? "error" : "disconnect", error });
+    this.#end({ by: "disconnect", error: error || new Error("The stream broke") });
   }
 
   /**
@@ -973,9 +972,10 @@ export class Session {
    */
   async #finish(): Promise<void> {
     this.#end({ by: "disconnect" });
-    const { by, error } = this.#ending!;
+    const { error } = this.#ending!;
+    if (Object(error).code === "overflow") this.#ending!.by = "error";
     // A reset after our own H or E is Asterisk closing with our wake-ups unread
-    if (by === "disconnect" && error && this.#leaving) this.#ending = { by: this.#leaving };
+    else if (error && this.#leaving) this.#ending = { by: this.#leaving };
     await undefined; // now `#released` is set: a listener of the signal may close again
     this.#abort.abort(over());
     for (const { fail } of this.#asked.splice(0)) fail(over(error));
