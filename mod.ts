@@ -555,8 +555,8 @@ export type Reply<Command extends IvrCommand> = Command extends { type: "get" } 
 
 /** A command that awaits its answer. */
 interface Asked {
-  /** The variable whose `G` answers, or `PARAMS`. */
-  name: string;
+  /** The variable whose `G` answers; a `P` has none. */
+  name: string | undefined;
   done(reply: unknown): void;
   fail(error: IvrError): void;
 }
@@ -610,9 +610,6 @@ class Backlog extends Cutter {
     return link.event;
   }
 }
-
-/** What the answer to `P` goes by: no variable has this name. */
-const PARAMS = "=";
 
 /** How long Asterisk's last words, or ours, may take: milliseconds. */
 const GRACE = 1000;
@@ -725,7 +722,6 @@ export class Session {
       this.#reader.releaseLock();
       throw error;
     }
-    this.#listen();
     this.#read();
   }
 
@@ -845,10 +841,10 @@ export class Session {
       this.#leaving = type;
     } else {
       this.check();
-      const asks = type === "get" ? command.names[0] : type === "params" ? PARAMS : undefined;
-      const name = asks ?? `EIVR_ACK_${++this.#count}`;
-      if (!asks) text += `G,${name}\n`;
-      this.#asked.push({ name, fail, done: asks ? done : () => done(undefined) });
+      const ack = type === "get" || type === "params" ? undefined : `EIVR_ACK_${++this.#count}`;
+      if (ack) text += `G,${ack}\n`;
+      const name = type === "get" ? command.names[0] : ack;
+      this.#asked.push({ name, fail, done: ack ? () => done(undefined) : done });
     }
     this.#write(text);
     this.#wake();
@@ -856,9 +852,10 @@ export class Session {
 
   async #read(): Promise<void> {
     try {
-      while (this.#hear(await this.#reader.read())) {
+      do {
         if (this.#backlog.full(this.#loops ? AHEAD : 1)) await this.#room();
-      }
+        this.#listen();
+      } while (this.#hear(await this.#reader.read()));
     } catch (error) {
       this.#broke(error);
     }
@@ -869,7 +866,6 @@ export class Session {
   #hear(chunk: Chunk): boolean {
     this.#backlog.cut(chunk, (text, from, to) => this.#receive(eventIn(text, from, to), to - from + 1, chunk.done));
     this.change();
-    this.#listen();
     return !chunk.done;
   }
 
@@ -895,8 +891,8 @@ export class Session {
     if (this.#released) return; // a chunk that was on its way when we closed
     // What stands behind the last newline may be incomplete: it may end the call, but it answers nothing
     if (!unfinished) {
-      if (type === "variables" && this.#answered(event.data.split("=", 1)[0], event.data)) return;
-      if (type === "params" && this.#answered(PARAMS, event.params)) return;
+      if (type === "variables" && this.#answered(event.data, event.data.split("=", 1)[0])) return;
+      if (type === "params" && this.#answered(event.params)) return;
       if (type === "failed") {
         told = this.#asked.length > 0;
         const { reason } = event;
@@ -913,8 +909,8 @@ export class Session {
     if (type === "hangup" || type === "inform" && event.message === "HANGUP") this.#abort.abort(over());
   }
 
-  /** Settles the oldest command that asked for this name. Tells whether there was one. */
-  #answered(name: string | undefined, reply: unknown): boolean {
+  /** Settles the oldest command that asked for this name, or for none. Tells whether there was one. */
+  #answered(reply: unknown, name?: string): boolean {
     const at = this.#asked.findIndex((asked) => asked.name === name);
     if (at < 0) return false;
     this.#asked.splice(at, 1)[0]!.done(reply);
