@@ -841,10 +841,10 @@ export class Session {
       this.#leaving = type;
     } else {
       this.check();
-      const ack = type === "get" || type === "params" ? undefined : `EIVR_ACK_${++this.#count}`;
-      if (ack) text += `G,${ack}\n`;
-      const name = type === "get" ? command.names[0] : ack;
-      this.#asked.push({ name, fail, done: ack ? () => done(undefined) : done });
+      const asks = type === "get" || type === "params";
+      const name = type === "get" ? command.names[0] : asks ? undefined : `EIVR_ACK_${++this.#count}`;
+      if (!asks) text += `G,${name}\n`;
+      this.#asked.push({ name, fail, done: asks ? done : () => done(undefined) });
     }
     this.#write(text);
     this.#wake();
@@ -874,12 +874,12 @@ export class Session {
     if (this.#keepAlive === Infinity || this.#ending) return;
     this.#wait(this.#keepAlive, () => {
       this.send({ type: "get", names: ["EIVR_ALIVE"] });
-      this.#wait(this.#keepAlive);
+      this.#wait(this.#keepAlive, () => this.close());
     });
   }
 
   /** Waits for a word, or for the end, and no longer. */
-  #wait(ms: number, then: () => void = () => this.close()): void {
+  #wait(ms: number, then: () => void): void {
     clearTimeout(this.#patience!);
     this.#patience = later(then, ms);
   }
@@ -953,7 +953,7 @@ export class Session {
   #end(ending: Ending): void {
     if (this.#ending) return;
     this.#ending = ending;
-    this.#wait(GRACE);
+    this.#wait(GRACE, () => this.close());
     this.#wake(); // no more
   }
 
