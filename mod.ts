@@ -847,7 +847,6 @@ export class Session {
       this.#asked.push({ name, fail, done: asks ? done : () => done(undefined) });
     }
     this.#write(text);
-    this.#wake();
   }
 
   async #read(): Promise<void> {
@@ -931,8 +930,9 @@ export class Session {
     if (this.#backlog.full()) throw this.#backlog.overflow();
   }
 
-  /** Writes what is sent in one turn in one go. */
-  #write(text: string): void {
+  /** Writes what is sent in one turn in one go, with a wake-up behind it. */
+  #write(text: string, delay?: number): void {
+    this.#wake(delay);
     if (this.#out.push(text) > 1) return; // goes out with what was there before
     Promise.resolve()
       .then(() => this.#writer.write(encode(this.#out.splice(0).join(""))))
@@ -943,10 +943,7 @@ export class Session {
   #wake(delay = 1): void {
     clearTimeout(this.#timer!);
     if (this.#ending || !this.#asked.length && !this.#leaving) return;
-    this.#timer = later(() => {
-      this.#write("\n");
-      this.#wake(Math.min(delay * 2, 1000));
-    }, delay);
+    this.#timer = later(() => this.#write("\n", Math.min(delay * 2, 1000)), delay);
   }
 
   /** How the call ends is known: if the stream of events does not end by itself, we end it. */
