@@ -856,7 +856,7 @@ export class Session {
         this.#listen();
       } while (this.#hear(await this.#reader.read()));
     } catch (error) {
-      this.#broke(error);
+      this.#end({ by: "disconnect", error: error || over() });
     }
     this.close();
   }
@@ -936,7 +936,7 @@ export class Session {
     if (this.#out.push(text) > 1) return; // goes out with what was there before
     Promise.resolve()
       .then(() => this.#writer.write(encode(this.#out.splice(0).join(""))))
-      .catch((error) => this.#broke(error));
+      .catch((error) => this.#end({ by: "disconnect", error: error || over() })); // Asterisk's last words may still come
   }
 
   /** Wakes Asterisk while something is awaited: a millisecond after a command or an answer, then ever more slowly. */
@@ -946,17 +946,12 @@ export class Session {
     this.#timer = later(() => this.#write("\n", Math.min(delay * 2, 1000)), delay);
   }
 
-  /** How the call ends is known: if the stream of events does not end by itself, we end it. */
+  /** How the call ends is known, or that a stream broke, for no reason even: what does not end by itself then, we end. */
   #end(ending: Ending): void {
     if (this.#ending) return;
     this.#ending = ending;
     this.#wait(GRACE, () => this.close());
     this.#wake(); // no more
-  }
-
-  /** Asterisk is gone, but its last words may still be on their way. */
-  #broke(error: unknown): void {
-    this.#end({ by: "disconnect", error: error || new Error("The stream broke") });
   }
 
   /**
