@@ -856,7 +856,7 @@ export class Session {
         this.#listen();
       } while (this.#hear(await this.#reader.read()));
     } catch (error) {
-      this.#end({ by: "disconnect", error: error || over() });
+      this.#end({ by: "disconnect", error: error || over() }); // some streams give no reason
     }
     this.close();
   }
@@ -893,9 +893,9 @@ export class Session {
       if (type === "variables" && this.#answered(event.data, event.data.split("=", 1)[0])) return;
       if (type === "params" && this.#answered(event.params)) return;
       if (type === "failed") {
-        told = this.#asked.length > 0;
         const { reason } = event;
         const why = reason ?? "the channel is not answered, or hung up";
+        told = this.#asked.length > 0;
         this.#asked[0]?.fail(new IvrError("refused", `Asterisk refused: ${why}`, { reason }));
       } else told = this.received(event);
     }
@@ -946,7 +946,7 @@ export class Session {
     this.#timer = later(() => this.#write("\n", Math.min(delay * 2, 1000)), delay);
   }
 
-  /** How the call ends is known, or that a stream broke, for no reason even: what does not end by itself then, we end. */
+  /** How the call ends is known: if the stream of events does not end by itself, we end it. */
   #end(ending: Ending): void {
     if (this.#ending) return;
     this.#ending = ending;
