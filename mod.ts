@@ -448,7 +448,8 @@ export async function* lines(readable: Source, options?: LinesOptions): AsyncGen
   const cutter = new Cutter(options);
   const reader = readable.getReader();
   try {
-    for (let chunk: Chunk | undefined; !chunk?.done;) {
+    let chunk: Chunk;
+    do {
       chunk = await reader.read();
       const found: string[] = [];
       try {
@@ -456,7 +457,7 @@ export async function* lines(readable: Source, options?: LinesOptions): AsyncGen
       } finally {
         yield* found; // those before a line that is too long, as well
       }
-    }
+    } while (!chunk.done);
   } finally {
     try {
       await reader.cancel();
@@ -969,10 +970,12 @@ export class Session {
     for (const { fail } of this.#asked.splice(0)) fail(over(error));
     this.change();
     const grace = new Promise<void>((resolve) => this.#wait(GRACE, resolve));
-    const inTime = (close: () => Promise<void>) => Promise.race([grace, close()]).catch(ignore);
-    await turn(); // a socket that ends by itself, as Node's do, is to do so first: Deno fails when both close it in one turn
-    await inTime(async () => error ? this.#writer.abort(error) : this.#writer.close());
-    await inTime(async () => this.#reader.cancel());
+    // A socket that ends by itself, as Node's do, is to do so first: Deno fails when both close it in one turn
+    await turn()
+      .then(() => Promise.race([grace, error ? this.#writer.abort(error) : this.#writer.close()]))
+      .catch(ignore)
+      .then(() => Promise.race([grace, this.#reader.cancel()]))
+      .catch(ignore);
     clearTimeout(this.#patience!);
   }
 }
