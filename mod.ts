@@ -598,9 +598,9 @@ class Backlog extends Cutter {
 
   /** Takes the oldest event, or the oldest key, or the oldest other one. */
   take(wanted?: "key" | "other"): IvrEvent | undefined {
-    const past = (place: Place) => wanted && place.next && (place.next.event.type === "dtmf") !== (wanted === "key");
-    let before: Place = past(this) ? this.#run : this;
-    while (past(before)) this.#run = before = before.next!;
+    const past = (place: Place) => place.next && (place.next.event.type === "dtmf") !== (wanted === "key");
+    let before: Place = wanted && past(this) ? this.#run : this;
+    while (wanted && past(before)) this.#run = before = before.next!;
     const link = before.next;
     if (!link) return undefined;
     before.next = link.next;
@@ -694,7 +694,7 @@ export class Session {
   #keepAlive: number;
 
   // What went out
-  #out: string[] = []; // in a moment
+  #out = ""; // in a moment
   #asked: Asked[] = []; // in order
   #count = 0; // of acknowledgements asked for
   #timer: Timer; // the next wake-up
@@ -934,10 +934,13 @@ export class Session {
   /** Writes what is sent in one turn in one go, with a wake-up behind it. */
   #write(text: string, delay?: number): void {
     this.#wake(delay);
-    if (this.#out.push(text) > 1) return; // goes out with what was there before
-    Promise.resolve()
-      .then(() => this.#writer.write(encode(this.#out.splice(0).join(""))))
-      .catch((error) => this.#end({ by: "disconnect", error: error || over() })); // Asterisk's last words may still come
+    this.#out += text;
+    if (this.#out !== text) return; // goes out with what was there before
+    Promise.resolve().then(() => {
+      const bytes = encode(this.#out);
+      this.#out = "";
+      return this.#writer.write(bytes);
+    }).catch((error) => this.#end({ by: "disconnect", error: error || over() })); // Asterisk's last words may still come
   }
 
   /** Wakes Asterisk while something is awaited: a millisecond after a command or an answer, then ever more slowly. */
