@@ -267,7 +267,7 @@ function refuse(doing: string, field: string, value: unknown, rule = RULES[field
  * - `interrupt` (`I`): stop and clear the playlist. `answer` (`T`): answer the channel.
  * - `dtmf` (`D`): press keys toward the caller, `interval` milliseconds apart (absent or 0: Asterisk's 250), each
  *   held for `duration` milliseconds (absent or 0: Asterisk's default). `a` to `d` are the keys `A` to `D`, `w` waits
- *   for half a second, `W` for a second, `f` and `F` flash the hook (Asterisk 22).
+ *   for half a second, `W` for a second, `f` and `F` flash the hook.
  * - `autoclear` (`O`): whether a key interrupts and clears the playlist by itself.
  * - `set` (`V`), `get` (`G`): channel variables. `params` (`P`): the arguments of the dialplan's call.
  * - `log` (`L`): a line for Asterisk's log. `hangup` (`H`), `exit` (`E`): log the message and end the call, or go on
