@@ -625,11 +625,11 @@ const over = (cause?: unknown): IvrError => new IvrError("ended", "The call is o
 
 type Timer = ReturnType<typeof setTimeout> | undefined; // `clearTimeout(timer!)`: the types of Workers take no undefined
 
-/** A timer that keeps no process alive. */
+/** A timer that keeps no process alive, or for no longer than a turn of the event loop. */
 function later(run: () => void, ms: number): Timer {
   if (ms >= 2 ** 31) return undefined; // it would go off at once
   const timer = setTimeout(run, ms);
-  (timer as { unref?(): void }).unref?.();
+  if (ms) (timer as { unref?(): void }).unref?.();
   return timer;
 }
 
@@ -796,14 +796,18 @@ export class Session {
   }
 
   /**
-   * Looks now, and again whenever anything has changed, until something is found. When the call is over it looks once more, a
-   * turn of the event loop later: who asks again and again does not stop the process.
+   * Looks now, and again whenever anything has changed, until something is found. When the time has passed, or the call is
+   * over, it looks once more, a turn of the event loop later: who asks again and again does not stop the process.
    */
-  protected async until<Found>(look: () => Found | undefined): Promise<Found | undefined> {
+  protected async until<Found>(look: () => Found | undefined, ms: number = Infinity): Promise<Found | undefined> {
+    let late = false;
+    const timer = later(() => (late = true, this.change()), ms);
     for (;;) {
       const found = look();
-      if (found) return found;
-      if (this.#released) return turn().then(look);
+      if (found || late || this.#released) {
+        clearTimeout(timer!);
+        return found || turn().then(look);
+      }
       await (this.#changed ??= new Promise((resolve) => this.#resolve = resolve));
     }
   }
@@ -924,9 +928,7 @@ export class Session {
     do {
       this.#listen(); // while we do not read, it is not the peer that is silent
       size = this.#backlog.size;
-      let late = false;
-      turn().then(turn).then(() => (late = true, this.change())); // an event may take a turn or two
-      await this.until(() => late || !this.#backlog.size);
+      await this.until(() => !this.#backlog.size, 0); // an event may take a turn or two
     } while (this.#backlog.full() && this.#backlog.size < size);
     if (this.#backlog.full()) throw this.#backlog.overflow();
   }
@@ -1259,11 +1261,11 @@ export class Ivr extends Session {
     try {
       if (skip()) files = []; // a key that waits already
       files.forEach((file, i) => this.#prompt("queue", file, (outcome) => (outcomes[i] ??= outcome, change())));
-      await this.#within(promptTimeout, () => told() || skip());
+      await this.until(() => told() || skip(), promptTimeout);
       if (!told()) this.interrupt();
 
       while (!end) {
-        if (await this.#within(digits ? interDigitTimeout : timeout, collect)) end = { reason: "timeout" };
+        if (!await this.until(collect, digits ? interDigitTimeout : timeout)) end = { reason: "timeout" };
       }
       await this.until(told);
       return { digits, ...end, outcomes };
@@ -1272,13 +1274,6 @@ export class Ivr extends Session {
       this.#gathering = false;
       this.change(); // the keys that are left are for the iterators
     }
-  }
-
-  /** Like `until`, for so many milliseconds. Tells whether they passed. By `then`: a call that awaits keeps more memory. */
-  #within(ms: number, look: () => unknown): Promise<boolean> {
-    let late = false;
-    const timer = later(() => (late = true, this.change()), ms);
-    return this.until(() => late || look()).then(() => (clearTimeout(timer!), late));
   }
 
   /** While keys are gathered they are not for the iterators. */
