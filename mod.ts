@@ -1064,8 +1064,8 @@ export interface Gathered {
   outcomes: Outcome[];
 }
 
-/** What is in Asterisk's playlist, as far as we know: a file and who wants to know of it, or an `I` not yet carried out. */
-type Prompt = { file: string | undefined; tell?: (outcome: Outcome) => void };
+/** What is in Asterisk's playlist, as far as we know: a file and who wants to know of it, or where an `I` cleared it. */
+type Prompt = { file: string | undefined; tell: ((outcome: Outcome) => void) | undefined };
 
 /** What a message can be, of any lines: no control characters, no halves of characters, cut to what fits. */
 function messages(lines: unknown[]): string[] {
@@ -1108,12 +1108,12 @@ export class Ivr extends Session {
 
   /** Clears the playlist, plays the file, and resolves with what became of it. */
   play(file: string): Promise<Outcome> {
-    return promised((resolve) => this.#prompt("play", file, resolve));
+    return promised((resolve) => this.ask({ type: "play", file }, ignore, ignore, resolve));
   }
 
   /** Plays the file after what waits in the playlist, and resolves with what became of it. */
   queue(file: string): Promise<Outcome> {
-    return promised((resolve) => this.#prompt("queue", file, resolve));
+    return promised((resolve) => this.ask({ type: "queue", file }, ignore, ignore, resolve));
   }
 
   /** Stops what plays and clears the playlist. Asterisk has it from version 11 on. */
@@ -1260,7 +1260,9 @@ export class Ivr extends Session {
     this.#gathering = true;
     try {
       if (skip()) files = []; // a key that waits already
-      files.forEach((file, i) => this.#prompt("queue", file, (outcome) => (outcomes[i] ??= outcome, change())));
+      files.forEach((file, i) =>
+        this.ask({ type: "queue", file }, ignore, ignore, (outcome) => outcomes[i] ??= outcome)
+      );
       await this.until(() => told() || skip(), promptTimeout);
       if (!told()) this.interrupt();
 
@@ -1291,27 +1293,25 @@ export class Ivr extends Session {
     });
   }
 
-  /** Sends a prompt, and tells what became of it. It may tell more than once: the first is true. */
-  #prompt(type: "play" | "queue", file: string, tell: (outcome: Outcome) => void): void {
-    this.ask({ type, file }, ignore, ({ code, reason }) => tell(reason ? "missing" : code as Outcome));
-    this.#playlist.at(-1)!.tell = tell; // where `ask` has put it
-  }
-
-  /** Follows what a command does to the playlist. */
-  protected override ask(command: IvrCommand, done: (reply: unknown) => void, fail: (error: IvrError) => void): void {
+  /** Follows what a command does to the playlist. It may tell more than once what became of a prompt: the first is true. */
+  protected override ask(
+    command: IvrCommand,
+    done: (reply: unknown) => void,
+    fail: (error: IvrError) => void,
+    tell?: (outcome: Outcome) => void,
+  ): void {
     const { type, file }: { type: string; file?: string } = command;
+    const prompt: Prompt = { file, tell };
     if (!file && type !== "interrupt") return super.ask(command, done, fail);
-    const prompt: Prompt = { file };
     super.ask(command, (reply) => {
-      // `S` and `I` clear: what is still before them was skipped, and the `I` itself is over. A refused one has left the
-      // playlist, and clears nothing
-      if (type !== "queue") this.#tell("skipped", this.#playlist.indexOf(prompt) + (file ? 0 : 1));
+      // `S` and `I` clear: what is still before them was skipped. A refused one has left the playlist, and clears nothing
+      if (type !== "queue") this.#tell("skipped", this.#playlist.indexOf(prompt));
       // With option `i` nobody is left to hear it
-      if (this.signal.aborted) this.#tell("ended", this.#playlist.indexOf(prompt) + 1);
+      if (this.signal.aborted) tell?.("ended");
       done(reply);
     }, (error) => {
-      const at = this.#playlist.indexOf(prompt);
-      if (at >= 0) this.#playlist.splice(at, 1);
+      this.#playlist = this.#playlist.filter((other) => other !== prompt);
+      tell?.(error.reason ? "missing" : error.code as Outcome);
       fail(error);
     });
     this.#playlist.push(prompt);
@@ -1320,13 +1320,11 @@ export class Ivr extends Session {
   /** Follows the playlist. What should have left it before a file that did, and did not say so, was skipped. */
   protected override received(event: IvrEvent): boolean {
     const { type, file }: { type: string; file?: string } = event;
-    if (!file && type !== "interrupted") return false;
-    const at = this.#playlist.findIndex((prompt) => !file || file === prompt.file);
-    if (at < 0) return false;
-    const { tell } = this.#playlist[at]!;
-    this.#tell("skipped", at);
+    const prompt = this.#playlist.find((prompt) => file ? file === prompt.file : prompt.file && type === "interrupted");
+    if (!prompt) return false;
+    this.#tell("skipped", this.#playlist.indexOf(prompt));
     this.#tell(type as Outcome, 1);
-    return !!tell;
+    return !!prompt.tell;
   }
 
   /** Tells what became of the first files of the playlist. */
