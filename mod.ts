@@ -1098,7 +1098,7 @@ function messages(lines: unknown[]): string[] {
  */
 export class Ivr extends Session {
   #playlist: Prompt[] = []; // in order
-  #gathering = false;
+  #gathering?: "other" | undefined; // while keys are gathered: what is for the iterators meanwhile
 
   /** Takes both streams and starts to read: see {@linkcode Session}. */
   constructor(streams: { readable: Source; writable: Sink }, options?: SessionOptions) {
@@ -1194,8 +1194,8 @@ export class Ivr extends Session {
    * Plays prompts and collects keys until `maxDigits`, a terminator, a pause, or the end of the call, and resolves with
    * what was collected so far in every case. A key past the end waits for whoever comes next.
    *
-   * Rejects with `invalid` for options out of range, and when another `gather` is under way; with `ended` when the caller
-   * is gone before it begins.
+   * Rejects with `invalid` for options out of range, for a file that `queue` would refuse, and when another `gather` is
+   * under way; with `ended` when the caller is gone before it begins.
    *
    * @example An account number, in up to three tries
    * ```ts
@@ -1224,14 +1224,8 @@ export class Ivr extends Session {
       checkNumber("gather", "maxDigits", maxDigits, 1);
       if (maxDigits % 1) refuse("gather", "maxDigits", maxDigits, "a whole number");
       if (!/^[\dA-D*#]*$/.test(terminators)) refuse("gather", "terminators", terminators, "keys 0-9 * # A-D");
-      for (const file of files) {
-        try {
-          formatCommand({ type: "queue", file });
-        } catch {
-          refuse("gather", "prompt", file, TEXT);
-        }
-      }
-      if (this.#gathering) refuse("gather", "gather", options, "the only one under way");
+      for (const file of files) formatCommand({ type: "queue", file });
+      if (this.#gathering) refuse("gather", "gather", options, "one at a time");
       this.check();
       if (this.signal.aborted) throw over(); // with option `i` the call is not over yet
     } catch (error) {
@@ -1255,9 +1249,10 @@ export class Ivr extends Session {
     const skip = bargeIn ? collect : early; // what cuts the prompts short
 
     while (flush && this.take("key"));
-    if (signal?.aborted) return turn({ digits, reason: "aborted", outcomes });
+    end = early();
+    if (end) return turn({ digits, ...end, outcomes });
     signal?.addEventListener("abort", change);
-    this.#gathering = true;
+    this.#gathering = "other";
     try {
       if (skip()) files = []; // a key that waits already
       files.forEach((file, i) =>
@@ -1273,14 +1268,14 @@ export class Ivr extends Session {
       return { digits, ...end, outcomes };
     } finally {
       signal?.removeEventListener("abort", change);
-      this.#gathering = false;
+      this.#gathering = undefined;
       this.change(); // the keys that are left are for the iterators
     }
   }
 
   /** While keys are gathered they are not for the iterators. */
-  protected override take(wanted?: "key" | "other"): IvrEvent | undefined {
-    return super.take(wanted ?? (this.#gathering ? "other" : undefined));
+  protected override take(wanted: "key" | "other" | undefined = this.#gathering): IvrEvent | undefined {
+    return super.take(wanted);
   }
 
   /** Sends all of them, or none when one is wrong, and makes a result of their replies. */

@@ -774,7 +774,7 @@ const INVALID: [field: string, doing: string, call: (ivr: Ivr) => Promise<unknow
   ["timeout", "gather", (ivr) => ivr.gather({ timeout: "5" as never })],
   ["interDigitTimeout", "gather", (ivr) => ivr.gather({ interDigitTimeout: -1 })],
   ["promptTimeout", "gather", (ivr) => ivr.gather({ promptTimeout: null as never })],
-  ["prompt", "gather", (ivr) => ivr.gather({ prompt: ["good", "bad\n"] })],
+  ["file", "send queue", (ivr) => ivr.gather({ prompt: ["good", "bad\n"] })],
 ];
 
 test("session: bad input rejects before a byte is sent, and nobody has to look", async () => {
