@@ -326,12 +326,7 @@ export function parseCommand(line: string): IvrCommand {
   if (letter === "S") return { type: "play", file: payload };
   if (letter === "A") return { type: "queue", file: payload };
   if (letter === "G") return { type: "get", names: payload.split(",") };
-  if (letter === "V") {
-    return { // a payload has no NUL
-      type: "set",
-      variables: Object.fromEntries(payload.split(",").map((pair) => pair.replace(/=|$/, "\0").split("\0"))),
-    };
-  }
+  if (letter === "V") return { type: "set", variables: variablesIn(payload.split(",")) };
   if (letter === "L") return { type: "log", message: payload };
   if (letter === "H") return { type: "hangup", message: payload };
   if (letter === "E" || letter === "X") return { type: "exit", message: payload };
@@ -340,6 +335,11 @@ export function parseCommand(line: string): IvrCommand {
   if (letter === "T") return { type: "answer" };
   if (letter === "O" && /^(no)?autoclear$/i.test(payload)) return { type: "autoclear", on: /^a/i.test(payload) };
   return { type: "unknown", line: line.replace(/\r?\n$/, "") };
+}
+
+/** What stands before the first equals sign is the name, what stands behind it the value. No line of Asterisk's has a NUL. */
+function variablesIn(pairs: string[]): Record<string, string> {
+  return Object.fromEntries(pairs.map((pair) => pair.replace(/=|$/, "\0").split("\0")));
 }
 
 /**
@@ -1067,16 +1067,14 @@ export interface Gathered {
 /** What is in Asterisk's playlist, as far as we know: a file and who wants to know of it, or where an `I` cleared it. */
 type Prompt = { file: string | undefined; tell: ((outcome: Outcome) => void) | undefined };
 
-/** What a message can be, of any lines: no control characters, no halves of characters, cut to what fits. */
-function messages(lines: unknown[]): string[] {
+/** What messages can be made of any line: no control characters, no halves of characters, cut to what fits. */
+function messages(line: unknown): string[] {
   const room = new Uint8Array(MAX_COMMAND_BYTES - "L,".length);
   const pieces: string[] = [];
-  for (const line of lines) {
-    for (let rest = String(line).replace(/\p{Cc}/gu, " ").replace(/\p{Surrogate}/gu, "?"); rest;) {
-      const { read } = new TextEncoder().encodeInto(rest, room); // whole characters, as many as fit
-      pieces.push(rest.slice(0, read).trimEnd());
-      rest = rest.slice(read);
-    }
+  for (let rest = String(line).replace(/\p{Cc}/gu, " ").replace(/\p{Surrogate}/gu, "?"); rest;) {
+    const { read } = new TextEncoder().encodeInto(rest, room); // whole characters, as many as fit
+    pieces.push(rest.slice(0, read).trimEnd());
+    rest = rest.slice(read);
   }
   return pieces.filter(Boolean);
 }
@@ -1150,7 +1148,10 @@ export class Ivr extends Session {
 
   /** Writes any text to Asterisk's log: each line by itself, a long one in pieces, control characters as blanks. */
   log(text: string): Promise<void> {
-    return this.#all(messages(String(text).split(/[\r\n]/)).map((message) => ({ type: "log", message })), ignore);
+    return this.#all(
+      String(text).split(/[\r\n]/).flatMap(messages).map((message) => ({ type: "log", message })),
+      ignore,
+    );
   }
 
   /**
@@ -1162,10 +1163,10 @@ export class Ivr extends Session {
    */
   get(...names: string[]): Promise<Record<string, string>> {
     return this.#all(names.map((name) => ({ type: "get", names: [name] })), (replies) => {
-      const partial = Object.fromEntries(names.map((name, i) => [name, replies[i]!.slice(name.length + 1)]));
-      const cut = names.find((_, i) => encode(replies[i]!).length >= 2046);
-      if (!cut) return partial;
-      throw new IvrError("truncated", `Cannot get ${cut} whole: Asterisk cuts at 2047 bytes`, { partial });
+      const partial = variablesIn(replies);
+      const cut = names.find((name) => encode(name + partial[name]).length >= 2045); // and an equals sign
+      if (cut) throw new IvrError("truncated", `Cannot get more than 2047 bytes of ${cut}`, { partial });
+      return partial;
     });
   }
 
@@ -1182,12 +1183,12 @@ export class Ivr extends Session {
    * whoever ended it.
    */
   hangup(text = ""): Promise<void> {
-    return this.send({ type: "hangup", message: messages([text])[0] });
+    return this.send({ type: "hangup", message: messages(text)[0] });
   }
 
   /** Goes on in the dialplan, with a message for the log. Otherwise as {@linkcode Ivr.hangup}. */
   exit(text = ""): Promise<void> {
-    return this.send({ type: "exit", message: messages([text])[0] });
+    return this.send({ type: "exit", message: messages(text)[0] });
   }
 
   /**
@@ -1284,7 +1285,7 @@ export class Ivr extends Session {
       commands.forEach(formatCommand);
       this.check();
       const sent = commands.map((command) => this.send(command) as Promise<string>);
-      resolve(Promise.all(sent.length ? sent : [turn("")]).then(result));
+      resolve((sent.length ? Promise.all(sent) : turn([])).then(result));
     });
   }
 
@@ -1359,8 +1360,7 @@ export async function answer(
   try {
     await handler(ivr);
   } catch (error) {
-    const { code, name } = Object(error) as Partial<IvrError>;
-    if (!ivr.signal.aborted || code !== "ended" && name !== "AbortError") throw error;
+    if (!ivr.signal.aborted || Object(error).code !== "ended" && Object(error).name !== "AbortError") throw error;
   } finally {
     await ivr.close();
   }
