@@ -944,6 +944,8 @@ test("outcomes: files settle in the order of the playlist, also the same one thr
   told = [];
   await session.interrupt(); // carried out, and nothing said of what waited
   assert.deepEqual(told, ["d skipped"]);
+  session.queue("e").then((outcome) => told.push(`e ${outcome}`));
+  await becomes("T,1", "e interrupted"); // and not what the I cleared
 });
 
 test("outcomes: those of one's own prompts never overflow a call that does not iterate, or left its loop", async () => {
