@@ -732,8 +732,8 @@ export class Session {
   }
 
   /**
-   * Aborted when the caller is gone, with an `ended` error as its reason: on `H`, on `I,…,HANGUP`, at the end of the
-   * stream. Hand it to `fetch`.
+   * Aborted when the caller or the call is gone, with an `ended` error as its reason: on `H`, `E` and `I,…,HANGUP`, and when
+   * a stream ends or breaks. Hand it to `fetch`.
    */
   get signal(): AbortSignal {
     return this.#abort.signal;
@@ -752,6 +752,7 @@ export class Session {
    * both are closed, or after a second if one does not close. Never rejects.
    */
   close(): Promise<void> {
+    this.#end({ by: "disconnect" });
     return this.#released ??= this.#finish();
   }
 
@@ -910,7 +911,7 @@ export class Session {
       if (this.#ending?.error) this.#ending = undefined; // writing broke, and who ended the call was a guess
       this.#end({ by: type === "hangup" && this.#leaving !== "hangup" ? "caller" : type });
     }
-    if (type === "hangup" || type === "inform" && event.message === "HANGUP") this.#abort.abort(over());
+    if (type === "inform" && event.message === "HANGUP") this.#abort.abort(over());
   }
 
   /** Settles the oldest command that asked for this name, or for none. Tells whether there was one. */
@@ -956,6 +957,7 @@ export class Session {
   #end(ending: Ending): void {
     if (this.#ending) return;
     this.#ending = ending;
+    this.#abort.abort(over());
     this.#wait(GRACE, () => this.close());
     this.#wake(); // no more
   }
@@ -965,13 +967,10 @@ export class Session {
    * take it.
    */
   async #finish(): Promise<void> {
-    this.#end({ by: "disconnect" });
     const { error } = this.#ending!;
     if (Object(error).code === "overflow") this.#ending!.by = "error";
     // A reset after our own H or E is Asterisk closing with our wake-ups unread
     else if (error && this.#leaving) this.#ending = { by: this.#leaving };
-    await undefined; // now `#released` is set: a listener of the signal may close again
-    this.#abort.abort(over());
     for (const { fail } of this.#asked.splice(0)) fail(over(error));
     this.change();
     const grace = new Promise<void>((resolve) => this.#wait(GRACE, resolve));

@@ -1442,6 +1442,15 @@ const HANDLERS: [
   ["a command is overtaken by the hangup", (ivr) => ivr.set({ A: "1" }), ["H,1"], { by: "caller" }],
   ["it asks when all is over", (ivr) => ivr.closed.then(() => ivr.play("a")), ["H,1"], { by: "caller" }],
   [
+    "it asks for more behind its exit",
+    async (ivr) => {
+      for await (const { type } of ivr) if (type === "exit") break;
+      await ivr.log("more");
+    },
+    ["E,1", "1,1"],
+    { by: "exit" },
+  ],
+  [
     "it loops for ever",
     async (ivr) => {
       for (;;) await ivr.play("moh");
@@ -1488,6 +1497,18 @@ test("answer: holds a call to its end and closes both streams, whatever the hand
     else assert.deepEqual(await call.catch((error) => ({ error })), expected, name);
     assert.deepEqual(closed.sort(), ["readable", "writable"], name);
   }
+});
+
+test("answer: a command that was asked behind the one with which writing broke is no failure of the handler", async () => {
+  const streams = {
+    readable: new ReadableStream(),
+    writable: new WritableStream({ write: () => Promise.reject(broken) }),
+  };
+  const call = answer(streams, async (ivr) => {
+    ivr.autoclear(true);
+    await aborted(ivr.signal).catch(() => ivr.autoclear(false));
+  });
+  assert.deepEqual(await call, { by: "disconnect", error: broken });
 });
 
 test("answer: takes no call whose stream is locked", async () => {
