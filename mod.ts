@@ -488,19 +488,19 @@ class Cutter {
   cut({ done, value }: Chunk, hand: (text: string, from: number, to: number) => void): void {
     this.#decoder ??= new TextDecoder("utf-8", { fatal: false, ignoreBOM: true });
     let text = this.#decoder.decode(value, { stream: !done });
-    if (done && this.rest + text) text += "\n";
+    if (done && /[^\n]$/.test(this.rest + text)) text += "\n";
     let from = 0;
     // Only what is new is searched: a long line in small chunks would take for ever
     for (let end; (end = text.indexOf("\n", from)) >= 0; from = end + 1) {
       const line = this.rest ? this.rest + text.slice(0, end) : text;
       let to = this.rest.length + end; // what is left of the chunk before stands in front of the first
       this.rest = "";
-      if (line[to - 1] === "\r") to--;
       if (to - from > this.maxBuffer) throw this.overflow();
+      if (line[to - 1] === "\r") to--;
       hand(line, from, to);
     }
     this.rest += text.slice(from);
-    if (this.rest.length > this.maxBuffer + 1) throw this.overflow(); // one more may be a CR
+    if (this.rest.length > this.maxBuffer) throw this.overflow();
   }
 
   overflow(): IvrError {
@@ -767,7 +767,7 @@ export class Session {
     let last: Promise<Result>;
     this.#loops++;
     const wait = async (): Promise<Result> => {
-      if (waits++) await last; // who asked first is the first to get one
+      if (waits++) await last.catch(ignore); // who asked first is the first to get one
       const value = await this.until(() => left || this.take());
       waits--;
       if (!value && this.#ending!.by === "error") throw this.#ending!.error;
@@ -957,9 +957,10 @@ export class Session {
   #end(ending: Ending): void {
     if (this.#ending) return;
     this.#ending = ending;
-    this.#abort.abort(over());
     this.#wait(GRACE, () => this.close());
     this.#wake(); // no more
+    this.#abort.abort(over());
+    this.change();
   }
 
   /**
@@ -976,7 +977,9 @@ export class Session {
     const grace = new Promise<void>((resolve) => this.#wait(GRACE, resolve));
     // A socket that ends by itself, as Node's do, is to do so first: Deno fails when both close it in one turn
     await turn()
-      .then(() => Promise.race([grace, error ? this.#writer.abort(error) : this.#writer.close()]))
+      .then(() => error || Promise.race([grace, this.#writer.close()]))
+      .catch(ignore)
+      .then(() => Promise.race([grace, this.#writer.abort(error)])) // nothing to do for one that has closed
       .catch(ignore)
       .then(() => Promise.race([grace, this.#reader.cancel()]))
       .catch(ignore);
@@ -1226,8 +1229,7 @@ export class Ivr extends Session {
       if (!/^[\dA-D*#]*$/.test(terminators)) refuse("gather", "terminators", terminators, "keys 0-9 * # A-D");
       for (const file of files) formatCommand({ type: "queue", file });
       if (this.#gathering) refuse("gather", "gather", options, "one at a time");
-      this.check();
-      if (this.signal.aborted) throw over(); // with option `i` the call is not over yet
+      if (this.signal.aborted) throw over();
     } catch (error) {
       throw await turn(error);
     }

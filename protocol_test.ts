@@ -126,9 +126,11 @@ function streamOf(...chunks: Uint8Array[]): ReadableStream<Uint8Array> {
 const never = () => new Promise<never>(() => {});
 
 /** Streams with no more than a session uses, which never do anything unless told otherwise. */
-const bare = ({ write = never, close = never, cancel = never }: Record<string, () => Promise<never | void>>) => ({
+const bare = (
+  { write = never, close = never, cancel = never, abort = close }: Record<string, () => Promise<never | void>>,
+) => ({
   readable: { getReader: () => ({ read: never, cancel, releaseLock: () => {} }) },
-  writable: { getWriter: () => ({ write, close, abort: close }) },
+  writable: { getWriter: () => ({ write, close, abort }) },
 });
 
 async function all<T>(items: AsyncIterable<T>): Promise<T[]> {
@@ -615,7 +617,8 @@ test("variables: commas, equals signs and strange names come back whole, and wha
 const BOUNDS: [text: string, maxBuffer: number | undefined, found: string[], end?: "overflow"][] = [
   ["12345\n123\n12345", 5, ["12345", "123", "12345"]],
   ["1\n2\n123456\n3\n", 5, ["1", "2"], "overflow"],
-  ["1234\r\nx", 4, ["1234", "x"]], // the line break is not counted
+  ["1234\r\nx", 5, ["1234", "x"]],
+  ["1\n1234\r\nx", 4, ["1"], "overflow"], // a CR counts, wherever the bytes are cut
   ["x".repeat(2 ** 20), undefined, ["x".repeat(2 ** 20)]],
   ["x".repeat(2 ** 20 + 1), undefined, [], "overflow"],
 ];
@@ -639,18 +642,20 @@ test("lines: a byte order mark is data, an empty stream has no line, a newline a
   assert.deepEqual(await all(lines(streamOf(utf8("\n")))), [""]);
 });
 
-test("lines: an end that comes with an empty chunk, as readers into a buffer give, is one", async () => {
-  const ends = () => {
-    const chunks = [{ done: false, value: utf8("1,1\nH,1") }, { done: true, value: utf8("") }];
-    const reader = {
-      read: () => Promise.resolve(chunks.shift()!),
-      cancel: () => Promise.resolve(),
-      releaseLock: () => {},
+test("lines: an end that comes with a chunk, as readers into a buffer give, is one", async () => {
+  for (const [first, last] of [["1,1\nH,1", ""], ["1,1\nH", ",1\n"]] as const) {
+    const ends = () => {
+      const chunks = [{ done: false, value: utf8(first) }, { done: true, value: utf8(last) }];
+      const reader = {
+        read: () => Promise.resolve(chunks.shift()!),
+        cancel: () => Promise.resolve(),
+        releaseLock: () => {},
+      };
+      return { getReader: () => reader };
     };
-    return { getReader: () => reader };
-  };
-  assert.deepEqual(await all(lines(ends())), ["1,1", "H,1"]);
-  assert.deepEqual(await new Ivr({ readable: ends(), writable: new WritableStream() }).closed, { by: "caller" });
+    assert.deepEqual(await all(lines(ends())), ["1,1", "H,1"]);
+    assert.deepEqual(await new Ivr({ readable: ends(), writable: new WritableStream() }).closed, { by: "caller" });
+  }
 });
 
 test("lines: malformed bytes become U+FFFD and never an error, as if they had come at once", () =>
@@ -1197,13 +1202,24 @@ test("session: a peer that says H or E and does not end the stream is left after
   }
 });
 
-test("session: close ends in time, whatever the streams do", () =>
-  inTime(async (seconds) => {
-    const session = new Ivr(bare({}));
-    session.log("into the void");
-    await session.close();
-    assertNear(seconds(), 1, 0.1);
-  }));
+test("session: close ends in time, whatever the streams do, whoever closes, and gives up what does not", async () => {
+  for (const last of ["", "H,1\n"]) {
+    await inTime(async (seconds) => {
+      const given: string[] = [];
+      const streams = bare({ abort: async () => void given.push("up") });
+      if (last) streams.readable = streamOf(utf8(last)) as never;
+      const session = new Ivr(streams);
+      const closed = new Promise<void>((resolve) =>
+        session.signal.addEventListener("abort", () => void session.close().then(resolve))
+      );
+      session.log("into the void");
+      if (!last) session.close();
+      await closed;
+      assertNear(seconds(), 1, 0.1);
+      assert.deepEqual(given, ["up"]);
+    });
+  }
+});
 
 const broken = new Error("no such account");
 
@@ -1265,6 +1281,16 @@ test("session: one that failed by itself, or that has nothing to send, stops nob
   await host.session.closed;
   await insist(() => all(host.session));
   await insist(() => host.session.log(""));
+});
+
+test("session: a loop of which several wait when a limit ends it stops nobody else either", async () => {
+  await using host = playHost({ maxBuffer: 10 });
+  const loop = host.session[Symbol.asyncIterator]();
+  const waiting = [loop.next(), loop.next(), loop.next()];
+  host.write("1,1\n" + "x".repeat(100));
+  assert.deepEqual(brief((await waiting[0]!).value), "1");
+  for (const late of waiting.slice(1)) await assert.rejects(late, code("overflow"));
+  await insist(() => loop.next());
 });
 
 test("session: one that gathers with a signal that was aborted before stops nobody else either", async () => {
@@ -1498,6 +1524,14 @@ test("answer: holds a call to its end and closes both streams, whatever the hand
     assert.deepEqual(closed.sort(), ["readable", "writable"], name);
   }
 });
+
+test("gather: ends as soon as writing breaks, however long it would wait", () =>
+  inTime(async (seconds) => {
+    const session = new Ivr(bare({ write: () => Promise.reject(broken) }));
+    assert.deepEqual(await session.gather({ prompt: "a" }), collected("", "hangup", "ended"));
+    assertNear(seconds(), 0, 0.1);
+    await session.close();
+  }));
 
 test("answer: a command that was asked behind the one with which writing broke is no failure of the handler", async () => {
   const streams = {
