@@ -495,16 +495,17 @@ class Cutter {
       const line = this.rest ? this.rest + text.slice(0, end) : text;
       let to = this.rest.length + end; // what is left of the chunk before stands in front of the first
       this.rest = "";
-      if (to - from > this.maxBuffer) throw this.overflow();
+      this.check(to - from);
       if (line[to - 1] === "\r") to--;
       hand(line, from, to);
     }
     this.rest += text.slice(from);
-    if (this.rest.length > this.maxBuffer) throw this.overflow();
+    this.check(this.rest.length);
   }
 
-  overflow(): IvrError {
-    return new IvrError("overflow", `Cannot keep more than ${this.maxBuffer} characters`);
+  /** Throws when so much is too much. */
+  check(size: number): void {
+    if (size > this.maxBuffer) throw new IvrError("overflow", `Cannot keep more than ${this.maxBuffer} characters`);
   }
 }
 
@@ -558,7 +559,7 @@ export type Reply<Command extends IvrCommand> = Command extends { type: "get" } 
 interface Asked {
   /** The variable whose `G` answers; a `P` has none. */
   name: string | undefined;
-  done(reply: unknown): void;
+  done(reply?: unknown): void;
   fail(error: IvrError): void;
 }
 
@@ -591,21 +592,21 @@ class Backlog extends Cutter {
   }
 
   add(event: IvrEvent, size: number): void {
-    const link: Link = { event, size, next: undefined };
-    this.#last = this.#last.next = link;
     this.size += size;
+    const link: Link = { next: undefined, event, size };
+    this.#last = this.#last.next = link;
   }
 
   /** Takes the oldest event, or the oldest key, or the oldest other one. */
-  take(wanted?: "key" | "other"): IvrEvent | undefined {
-    const past = (place: Place) => place.next && (place.next.event.type === "dtmf") !== (wanted === "key");
+  take(wanted?: "dtmf" | "other"): IvrEvent | undefined {
+    const past = (place: Place) => place.next && (place.next.event.type === "dtmf") !== (wanted === "dtmf");
     let before: Place = wanted && past(this) ? this.#run : this;
     while (wanted && past(before)) this.#run = before = before.next!;
     const link = before.next;
     if (!link) return undefined;
     before.next = link.next;
-    if (link === this.#last) this.#last = before;
-    if (link === this.#run) this.#run = before;
+    if (this.#last === link) this.#last = before;
+    if (this.#run === link) this.#run = before;
     link.next = undefined; // or an old one that is garbage would keep the young ones behind it
     this.size -= link.size;
     return link.event;
@@ -768,10 +769,11 @@ export class Session {
     this.#loops++;
     const wait = async (): Promise<Result> => {
       if (waits++) await last.catch(ignore); // who asked first is the first to get one
-      const value = await this.until(() => left || this.take());
+      let value: IvrEvent | undefined;
+      await this.until(() => left || (value = this.take()));
       waits--;
-      if (!value && this.#ending!.by === "error") throw this.#ending!.error;
-      return (typeof value === "object" ? { value, done: false } : { value: undefined, done: true }) as Result;
+      if (!value && !left && this.#ending!.by === "error") throw this.#ending!.error;
+      return { value, done: !value } as Result;
     };
     const iterator: AsyncIterableIterator<IvrEvent, undefined> = {
       next: () => {
@@ -790,7 +792,7 @@ export class Session {
   }
 
   /** Takes the oldest event that waits, or the oldest key, or the oldest that is none: nobody else will see it. */
-  protected take(wanted?: "key" | "other"): IvrEvent | undefined {
+  protected take(wanted?: "dtmf" | "other"): IvrEvent | undefined {
     const event = this.#backlog.take(wanted);
     if (event && !this.#backlog.size) this.change(); // reading may wait for it
     return event;
@@ -803,14 +805,12 @@ export class Session {
   protected async until<Found>(look: () => Found | undefined, ms: number = Infinity): Promise<Found | undefined> {
     let late = false;
     const timer = later(() => (late = true, this.change()), ms);
-    for (;;) {
-      const found = look();
-      if (found || late || this.#released) {
-        clearTimeout(timer!);
-        return found || turn().then(look);
-      }
+    let found: Found | undefined;
+    while (!(found = look()) && !late && !this.#released) {
       await (this.#changed ??= new Promise((resolve) => this.#resolve = resolve));
     }
+    clearTimeout(timer!);
+    return found || turn().then(look);
   }
 
   /** Lets everybody who waits in {@linkcode Session.until} look again. */
@@ -829,16 +829,14 @@ export class Session {
    * Sees each event as it comes, before anybody can take it: all but answers, `failed`, and a line without its newline.
    * Returns whether a promise tells of it already.
    */
-  protected received(_event: IvrEvent): boolean {
-    return false;
-  }
+  protected received?(event: IvrEvent): boolean;
 
   /**
    * Sends a command, as `send` does: one of the two is called as soon as it is known what became of it, before anything
    * behind the answer is looked at. After a `Z` it is `fail`, and later `done` as well, when the refused command is
    * acknowledged. Throws what was wrong with the command, or that the call is over.
    */
-  protected ask(command: IvrCommand, done: (reply: unknown) => void, fail: (error: IvrError) => void): void {
+  protected ask(command: IvrCommand, done: (reply?: unknown) => void, fail: (error: IvrError) => void): void {
     const { type } = command;
     let text = formatCommand(command);
     if (type === "hangup" || type === "exit") {
@@ -850,7 +848,7 @@ export class Session {
       const asks = type === "get" || type === "params";
       const name = type === "get" ? command.names[0] : asks ? undefined : `EIVR_ACK_${++this.#count}`;
       if (!asks) text += `G,${name}\n`;
-      this.#asked.push({ name, fail, done: asks ? done : () => done(undefined) });
+      this.#asked.push({ name, fail, done: asks ? done : () => done() });
     }
     this.#write(text);
   }
@@ -858,9 +856,9 @@ export class Session {
   async #read(): Promise<void> {
     try {
       do {
-        if (this.#backlog.full(this.#loops ? AHEAD : 1)) await this.#room();
-        this.#listen();
-      } while (this.#hear(await this.#reader.read()));
+        this.#listen(); // while we do not read, it is not the peer that is silent
+        if (this.#backlog.full(this.#loops ? AHEAD : 1)) await this.#moment();
+      } while (this.#backlog.full() || this.#hear(await this.#reader.read()));
     } catch (error) {
       this.#end({ by: "disconnect", error: error || over() }); // some streams give no reason
     }
@@ -869,9 +867,17 @@ export class Session {
 
   /** Takes what a chunk brings, and tells whether there may be more. Apart from `#read`, which would keep the chunk. */
   #hear(chunk: Chunk): boolean {
+    if (this.#released) return false; // it was on its way when we closed
     this.#backlog.cut(chunk, (text, from, to) => this.#receive(eventIn(text, from, to), to - from + 1, chunk.done));
     this.change();
     return !chunk.done;
+  }
+
+  /** Gives who iterates a moment to take some events; fails where too many wait and none was taken. */
+  async #moment(): Promise<void> {
+    const { size } = this.#backlog;
+    await this.until(() => !this.#backlog.size, 0); // an event may take a turn or two
+    if (this.#backlog.size === size) this.#backlog.check(size + this.#backlog.rest.length);
   }
 
   /** Asks for a sign of life after a silence, and ends the call after another. */
@@ -892,24 +898,22 @@ export class Session {
   /** Puts an event where it belongs. */
   #receive(event: IvrEvent, size: number, unfinished: boolean): void {
     const { type } = event;
-    let told = false;
-    if (this.#released) return; // a chunk that was on its way when we closed
+    let told: boolean | undefined;
     // What stands behind the last newline may be incomplete: it may end the call, but it answers nothing
     if (!unfinished) {
       if (type === "variables" && this.#answered(event.data, event.data.split("=", 1)[0])) return;
       if (type === "params" && this.#answered(event.params)) return;
       if (type === "failed") {
         const { reason } = event;
-        const why = reason ?? "the channel is not answered, or hung up";
-        told = this.#asked.length > 0;
-        this.#asked[0]?.fail(new IvrError("refused", `Asterisk refused: ${why}`, { reason }));
-      } else told = this.received(event);
+        told = !!this.#asked[0];
+        this.#asked[0]?.fail(new IvrError("refused", `Asterisk refused: ${reason ?? "channel not up"}`, { reason }));
+      } else told = this.received?.(event);
     }
     if (told && !this.#loops && this.#backlog.full(AHEAD)) return; // nobody wants it
     this.#backlog.add(event, size);
     if (type === "hangup" || type === "exit") {
       if (this.#ending?.error) this.#ending = undefined; // writing broke, and who ended the call was a guess
-      this.#end({ by: type === "hangup" && this.#leaving !== "hangup" ? "caller" : type });
+      this.#end({ by: type === "exit" || type === this.#leaving ? type : "caller" });
     }
     if (type === "inform" && event.message === "HANGUP") this.#abort.abort(over());
   }
@@ -923,33 +927,22 @@ export class Session {
     return true;
   }
 
-  /** Gives who iterates a moment to take some events, and another while too many wait and each moment takes some. */
-  async #room(): Promise<void> {
-    let size: number;
-    do {
-      this.#listen(); // while we do not read, it is not the peer that is silent
-      size = this.#backlog.size;
-      await this.until(() => !this.#backlog.size, 0); // an event may take a turn or two
-    } while (this.#backlog.full() && this.#backlog.size < size);
-    if (this.#backlog.full()) throw this.#backlog.overflow();
-  }
-
   /** Writes what is sent in one turn in one go, with a wake-up behind it. */
   #write(text: string, delay?: number): void {
     this.#wake(delay);
     this.#out += text;
     if (this.#out !== text) return; // goes out with what was there before
     Promise.resolve().then(() => {
-      const bytes = encode(this.#out);
+      text = this.#out;
       this.#out = "";
-      return this.#writer.write(bytes);
+      return this.#writer.write(encode(text));
     }).catch((error) => this.#end({ by: "disconnect", error: error || over() })); // Asterisk's last words may still come
   }
 
   /** Wakes Asterisk while something is awaited: a millisecond after a command or an answer, then ever more slowly. */
   #wake(delay = 1): void {
     clearTimeout(this.#timer!);
-    if (this.#ending || !this.#asked.length && !this.#leaving) return;
+    if (this.#ending || !this.#asked[0] && !this.#leaving) return;
     this.#timer = later(() => this.#write("\n", Math.min(delay * 2, 1000)), delay);
   }
 
@@ -972,7 +965,7 @@ export class Session {
     if (Object(error).code === "overflow") this.#ending!.by = "error";
     // A reset after our own H or E is Asterisk closing with our wake-ups unread
     else if (error && this.#leaving) this.#ending = { by: this.#leaving };
-    for (const { fail } of this.#asked.splice(0)) fail(over(error));
+    for (const { fail } of this.#asked) fail(over(error));
     this.change();
     const grace = new Promise<void>((resolve) => this.#wait(GRACE, resolve));
     // A socket that ends by itself, as Node's do, is to do so first: Deno fails when both close it in one turn
@@ -1073,12 +1066,13 @@ type Prompt = { file: string | undefined; tell: ((outcome: Outcome) => void) | u
 function messages(line: unknown): string[] {
   const room = new Uint8Array(MAX_COMMAND_BYTES - "L,".length);
   const pieces: string[] = [];
-  for (let rest = String(line).replace(/\p{Cc}/gu, " ").replace(/\p{Surrogate}/gu, "?"); rest;) {
+  for (let rest = String(line).replace(/\p{Cc}/gu, " ").replace(/\p{Cs}/gu, "?"); rest;) {
     const { read } = new TextEncoder().encodeInto(rest, room); // whole characters, as many as fit
-    pieces.push(rest.slice(0, read).trimEnd());
+    const piece = rest.slice(0, read).trimEnd();
+    if (piece) pieces.push(piece);
     rest = rest.slice(read);
   }
-  return pieces.filter(Boolean);
+  return pieces;
 }
 
 /**
@@ -1100,10 +1094,10 @@ export class Ivr extends Session {
   #playlist: Prompt[] = []; // in order
   #gathering?: "other" | undefined; // while keys are gathered: what is for the iterators meanwhile
 
-  /** Takes both streams and starts to read: see {@linkcode Session}. */
-  constructor(streams: { readable: Source; writable: Sink }, options?: SessionOptions) {
-    super(streams, options);
-    this.signal.addEventListener("abort", () => this.#tell("ended"));
+  /** Once the caller is gone nobody hears what waits in the playlist. */
+  protected override change(): void {
+    if (this.signal.aborted) this.#tell("ended");
+    super.change();
   }
 
   /** Clears the playlist, plays the file, and resolves with what became of it. */
@@ -1242,7 +1236,7 @@ export class Ivr extends Session {
     const early = (): typeof end =>
       this.signal.aborted ? { reason: "hangup" } : signal?.aborted ? { reason: "aborted" } : undefined;
     const collect = () => {
-      const key = (this.take("key") as { digit: Digit } | undefined)?.digit;
+      const key = (this.take("dtmf") as { digit: Digit } | undefined)?.digit;
       if (!key) return end = early();
       if (terminators.includes(key)) end = { reason: "terminator", terminator: key };
       else if ((digits += key).length === maxDigits) end = { reason: "maxDigits" };
@@ -1250,16 +1244,14 @@ export class Ivr extends Session {
     };
     const skip = bargeIn ? collect : early; // what cuts the prompts short
 
-    while (flush && this.take("key"));
+    while (flush && this.take("dtmf"));
     end = early();
     if (end) return turn({ digits, ...end, outcomes });
     signal?.addEventListener("abort", change);
     this.#gathering = "other";
     try {
       if (skip()) files = []; // a key that waits already
-      files.forEach((file, i) =>
-        this.ask({ type: "queue", file }, ignore, ignore, (outcome) => outcomes[i] ??= outcome)
-      );
+      files.forEach((file, i) => this.queue(file).then((outcome) => outcomes[i] = outcome));
       await this.until(() => told() || skip(), promptTimeout);
       if (!told()) this.interrupt();
 
@@ -1276,7 +1268,7 @@ export class Ivr extends Session {
   }
 
   /** While keys are gathered they are not for the iterators. */
-  protected override take(wanted: "key" | "other" | undefined = this.#gathering): IvrEvent | undefined {
+  protected override take(wanted: "dtmf" | "other" | undefined = this.#gathering): IvrEvent | undefined {
     return super.take(wanted);
   }
 
@@ -1293,25 +1285,24 @@ export class Ivr extends Session {
   /** Follows what a command does to the playlist. It may tell more than once what became of a prompt: the first is true. */
   protected override ask(
     command: IvrCommand,
-    done: (reply: unknown) => void,
+    done: () => void,
     fail: (error: IvrError) => void,
     tell?: (outcome: Outcome) => void,
   ): void {
     const { type, file }: { type: string; file?: string } = command;
     const prompt: Prompt = { file, tell };
     if (!file && type !== "interrupt") return super.ask(command, done, fail);
-    super.ask(command, (reply) => {
+    super.ask(command, () => {
       // `S` and `I` clear: what is still before them was skipped. A refused one has left the playlist, and clears nothing
       if (type !== "queue") this.#tell("skipped", this.#playlist.indexOf(prompt));
-      // With option `i` nobody is left to hear it
       if (this.signal.aborted) tell?.("ended");
-      done(reply);
+      done();
     }, (error) => {
       this.#playlist = this.#playlist.filter((other) => other !== prompt);
       tell?.(error.reason ? "missing" : error.code as Outcome);
       fail(error);
     });
-    this.#playlist.push(prompt);
+    if (!this.signal.aborted) this.#playlist.push(prompt); // with option `i` nobody is left to hear a later one
   }
 
   /** Follows the playlist. What should have left it before a file that did, and did not say so, was skipped. */
