@@ -172,7 +172,8 @@ export function formatEvent(event: IvrEvent): string {
 
 /**
  * A line of each type. From how it is read `format` learns how to write it: its tag, and its fields in their order. So a
- * new type needs a line here, besides its place in the union and in the parser.
+ * new type needs a line here, besides its place in the union and in the parser; a new field may need one in `TEXTS` and
+ * `RULES`.
  */
 const EVENTS = "1,0 F,0,0 T,0,0 D,0,0 Z,0,0 P,0,0 G,0,0 I,0,0 H,0 E,0 ?".split(" ");
 
@@ -292,7 +293,10 @@ export type IvrCommand =
 /** Asterisk cuts a longer line and runs the rest of it as the next command. */
 const MAX_COMMAND_BYTES = 1022;
 
-/** The same of commands. Asterisk ignores one without a payload: the type fills its place where nothing has to be said. */
+/**
+ * A line of each type, as in `EVENTS`. Asterisk ignores one without a payload: the type fills its place where nothing has to
+ * be said.
+ */
 const COMMANDS = "S,0 A,0 I,interrupt T,answer D,0,0,0 O,autoclear V,0 G,0 P,params L,0 H,hangup E,exit ?".split(" ");
 
 /**
@@ -522,10 +526,10 @@ class Cutter {
 // 3. all but the answers, so a `Z` too, wait in the backlog until somebody takes them. Who finds nothing waits in
 //    `until` for anything to change.
 //
-// While something is asked, or the end is, `#timer` wakes Asterisk. Its last words, or a stream that breaks, stop that:
-// then it is known how the call ends (`#ending`), and the stream of events has a second to end too (`#patience`). The
-// caller can be gone (`#abort`) before the call is over (`#released`). Every call comes to `#finish`: what waits is
-// settled, and both streams close.
+// While something is asked, or we asked for the end, `#timer` wakes Asterisk. Its last words, or a stream that breaks, stop
+// that: then it is known how the call ends (`#ending`), nothing more can be asked (`#abort`), and the stream of events has
+// a second to end too (`#patience`). With option `i` the caller can be gone, and the call goes on. Every call comes to
+// `#finish`: what waits is settled, and both streams close (`#closing`).
 
 /** Limits of a {@linkcode Session}. */
 export interface SessionOptions extends LinesOptions {
@@ -617,8 +621,8 @@ class Backlog extends Cutter {
 const GRACE = 1000;
 
 /**
- * A part of what may wait. Behind it reading gives who iterates a moment, since what waits for long costs more to keep;
- * and where nobody iterates, what a promise has told already is let go.
+ * A part of what may wait. When more does, reading gives who iterates a moment, since what waits for long costs more to
+ * keep; and where nobody iterates, what a promise has told already is let go.
  */
 const AHEAD = 1 / 16;
 
@@ -659,7 +663,8 @@ function promised<T>(run: ConstructorParameters<typeof Promise<T>>[0]): Promise<
  * A live call over any pair of streams: events come in, commands go out. {@linkcode Ivr} adds the words of a menu.
  *
  * It reads from the constructor on, whatever the user's code does: Asterisk writes from the thread that carries the audio,
- * so a reader that stops freezes the call. What nobody has taken waits, within {@linkcode LinesOptions.maxBuffer}.
+ * so a reader that stops freezes the call. What nobody has taken waits, within {@linkcode LinesOptions.maxBuffer}; only who
+ * takes event after event is given a moment when much waits.
  *
  * A command's promise resolves when Asterisk has carried it out and rejects with an {@linkcode IvrError}: `invalid` before
  * anything is sent, `refused` when Asterisk answers `Z`, `ended` when the call ends first, or is over already. A promise
@@ -702,11 +707,11 @@ export class Session {
 
   // The end
   #leaving?: "hangup" | "exit"; // what we asked for
-  #patience: Timer; // how long we wait for a word, or for the end
+  #patience: Timer; // how long we wait for a sign of life, for the end of the stream, for our streams to close
   #abort = new AbortController(); // tells that the caller is gone; with option `i` the call goes on
   #ending?: Ending | undefined; // as soon as it is known
   #closed?: Promise<Ending>;
-  #released?: Promise<void>; // when both streams are closed: set once it is over
+  #closing?: Promise<void>; // of both streams: there as soon as the call is over
 
   /**
    * Takes both streams and starts to read.
@@ -727,14 +732,14 @@ export class Session {
     this.#read();
   }
 
-  /** How the call ended, once it has. Never rejects. */
+  /** How the call ended, as soon as it has; the streams may still be closing. Never rejects. */
   get closed(): Promise<Ending> {
-    return this.#closed ??= this.until(() => this.#released && this.#ending) as Promise<Ending>;
+    return this.#closed ??= this.until(() => this.#closing && this.#ending) as Promise<Ending>;
   }
 
   /**
-   * Aborted when the caller or the call is gone, with an `ended` error as its reason: on `H`, `E` and `I,…,HANGUP`, and when
-   * a stream ends or breaks. Hand it to `fetch`.
+   * Aborted when the caller is gone, with an `ended` error as its reason: on `H`, `E`, `I,…,HANGUP`, and however else the
+   * call ends. Hand it to `fetch`.
    */
   get signal(): AbortSignal {
     return this.#abort.signal;
@@ -749,12 +754,12 @@ export class Session {
   }
 
   /**
-   * Closes the streams without a word, whereupon Asterisk hangs up. What was sent before still goes out. Resolves when
-   * both are closed, or after a second if one does not close. Never rejects.
+   * Closes the streams without a word, whereupon Asterisk hangs up. What was sent before still goes out, unless a stream
+   * broke. Resolves when both are closed, or after a second if one does not close. Never rejects.
    */
   close(): Promise<void> {
     this.#end({ by: "disconnect" });
-    return this.#released ??= this.#finish();
+    return this.#closing ??= this.#finish();
   }
 
   /**
@@ -806,7 +811,7 @@ export class Session {
     let late = false;
     const timer = later(() => (late = true, this.change()), ms);
     let found: Found | undefined;
-    while (!(found = look()) && !late && !this.#released) {
+    while (!(found = look()) && !late && !this.#closing) {
       await (this.#changed ??= new Promise((resolve) => this.#resolve = resolve));
     }
     clearTimeout(timer!);
@@ -832,9 +837,9 @@ export class Session {
   protected received?(event: IvrEvent): boolean;
 
   /**
-   * Sends a command, as `send` does: one of the two is called as soon as it is known what became of it, before anything
-   * behind the answer is looked at. After a `Z` it is `fail`, and later `done` as well, when the refused command is
-   * acknowledged. Throws what was wrong with the command, or that the call is over.
+   * Sends a command, as `send` does: `done` or `fail` is called as soon as it is known what became of it, before anything
+   * behind the answer is looked at. A refused one fails at its `Z`, and is done as well when it is acknowledged. Throws what
+   * was wrong with the command, or that the call is over.
    */
   protected ask(command: IvrCommand, done: (reply?: unknown) => void, fail: (error: IvrError) => void): void {
     const { type } = command;
@@ -856,7 +861,7 @@ export class Session {
   async #read(): Promise<void> {
     try {
       do {
-        this.#listen(); // while we do not read, it is not the peer that is silent
+        this.#probe(); // while we do not read, it is not the peer that is silent
         if (this.#backlog.full(this.#loops ? AHEAD : 1)) await this.#moment();
       } while (this.#backlog.full() || this.#hear(await this.#reader.read()));
     } catch (error) {
@@ -867,7 +872,7 @@ export class Session {
 
   /** Takes what a chunk brings, and tells whether there may be more. Apart from `#read`, which would keep the chunk. */
   #hear(chunk: Chunk): boolean {
-    if (this.#released) return false; // it was on its way when we closed
+    if (this.#closing) return false; // it was on its way when we closed
     this.#backlog.cut(chunk, (text, from, to) => this.#receive(eventIn(text, from, to), to - from + 1, chunk.done));
     this.change();
     return !chunk.done;
@@ -881,7 +886,7 @@ export class Session {
   }
 
   /** Asks for a sign of life after a silence, and ends the call after another. */
-  #listen(): void {
+  #probe(): void {
     if (this.#keepAlive === Infinity || this.#ending) return;
     this.#wait(this.#keepAlive, () => {
       this.send({ type: "get", names: ["EIVR_ALIVE"] });
@@ -927,7 +932,7 @@ export class Session {
     return true;
   }
 
-  /** Writes what is sent in one turn in one go, with a wake-up behind it. */
+  /** Writes in one go what is asked without a pause between. A wake-up follows. */
   #write(text: string, delay?: number): void {
     this.#wake(delay);
     this.#out += text;
@@ -1055,11 +1060,11 @@ export interface Gathered {
   reason: "maxDigits" | "terminator" | "timeout" | "hangup" | "aborted";
   /** The key that ended it, if one did. */
   terminator?: Digit;
-  /** What became of each prompt, in order. Empty when a key pressed early skipped them. */
+  /** What became of each prompt, in order. Empty when none was played, since a key or the end of `signal` came before. */
   outcomes: Outcome[];
 }
 
-/** What is in Asterisk's playlist, as far as we know: a file and who wants to know of it, or where an `I` cleared it. */
+/** What is in Asterisk's playlist, as far as we know: a file and who wants to know of it, or an `I` that clears it. */
 type Prompt = { file: string | undefined; tell: ((outcome: Outcome) => void) | undefined };
 
 /** What messages can be made of any line: no control characters, no halves of characters, cut to what fits. */
@@ -1092,7 +1097,7 @@ function messages(line: unknown): string[] {
  */
 export class Ivr extends Session {
   #playlist: Prompt[] = []; // in order
-  #gathering?: "other" | undefined; // while keys are gathered: what is for the iterators meanwhile
+  #gathering?: "other" | undefined; // set while keys are gathered: what the iterators may take meanwhile
 
   /** Once the caller is gone nobody hears what waits in the playlist. */
   protected override change(): void {

@@ -1206,7 +1206,8 @@ test("session: close ends in time, whatever the streams do, whoever closes, and 
   for (const last of ["", "H,1\n"]) {
     await inTime(async (seconds) => {
       const given: string[] = [];
-      const streams = bare({ abort: async () => void given.push("up") });
+      const abort = () => Promise.resolve(void given.push("up"));
+      const streams = bare({ abort });
       if (last) streams.readable = streamOf(utf8(last)) as never;
       const session = new Ivr(streams);
       const closed = new Promise<void>((resolve) =>
