@@ -1256,7 +1256,9 @@ export class Ivr extends Session {
     this.#gathering = "other";
     try {
       if (skip()) files = []; // a key that waits already
-      files.forEach((file, i) => this.queue(file).then((outcome) => outcomes[i] = outcome));
+      files.forEach((file, i) =>
+        this.ask({ type: "queue", file }, ignore, ignore, (outcome) => outcomes[i] ??= outcome)
+      );
       await this.until(() => told() || skip(), promptTimeout);
       if (!told()) this.interrupt();
 
