@@ -865,6 +865,7 @@ export class Session {
         if (this.#backlog.full(this.#loops ? AHEAD : 1)) await this.#moment();
       } while (this.#backlog.full() || this.#hear(await this.#reader.read()));
     } catch (error) {
+      await undefined; // a source that throws at once does so before the layer above is made
       this.#end({ by: "disconnect", error: error || over() }); // some streams give no reason
     }
     this.close();

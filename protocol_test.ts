@@ -127,9 +127,12 @@ const never = () => new Promise<never>(() => {});
 
 /** Streams with no more than a session uses, which never do anything unless told otherwise. */
 const bare = (
-  { write = never, close = never, cancel = never, abort = close }: Record<string, () => Promise<never | void>>,
+  { read = never, write = never, close = never, cancel = never, abort = close }: Record<
+    string,
+    () => Promise<never | void>
+  >,
 ) => ({
-  readable: { getReader: () => ({ read: never, cancel, releaseLock: () => {} }) },
+  readable: { getReader: () => ({ read: read as typeof never, cancel, releaseLock: () => {} }) },
   writable: { getWriter: () => ({ write, close, abort }) },
 });
 
@@ -1224,7 +1227,7 @@ test("session: close ends in time, whatever the streams do, whoever closes, and 
 
 const broken = new Error("no such account");
 
-test("session: streams that throw at once, or give no promise, are closed as others are", async () => {
+test("session: streams that throw at once, or give no promise, are closed and break as others do", async () => {
   const ways: (() => Promise<void>)[] = [
     () => Promise.resolve(),
     () => Promise.reject(new Error("later")),
@@ -1239,6 +1242,9 @@ test("session: streams that throw at once, or give no promise, are closed as oth
       await new Ivr(streams).close();
       await assert.rejects(answer(streams, () => Promise.reject(broken)), (error) => error === broken);
     }
+    const session = new Ivr(bare({ read: close, close: ways[0]!, cancel: ways[0]! }));
+    assert.equal((await session.closed).by, "disconnect");
+    await session.close();
   }
 });
 
