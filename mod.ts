@@ -921,7 +921,10 @@ export class Session {
       if (this.#ending?.error) this.#ending = undefined; // writing broke, and who ended the call was a guess
       this.#end({ by: type === "exit" || type === this.#leaving ? type : "caller" });
     }
-    if (type === "inform" && event.message === "HANGUP") this.#abort.abort(over());
+    if (type === "inform" && event.message === "HANGUP") {
+      this.#abort.abort(over());
+      this.change(); // what stands behind it in its chunk comes too late for a prompt
+    }
   }
 
   /** Settles the oldest command that asked for this name, or for none. Tells whether there was one. */

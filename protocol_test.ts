@@ -1095,6 +1095,16 @@ test("session: with the option i no prompt waits for a caller who is gone, whate
   assert.deepEqual(await Promise.all(prompts), ["ended", "refused", "ended"]);
 });
 
+test("session: with the option i what tells of a prompt behind the hangup comes too late, however the chunks were cut", async () => {
+  const lines = ["I,1,HANGUP", "F,1,a", "G,1,EIVR_ACK_1=", "Z,1,b"];
+  for (const chunks of [lines, [lines.join("\n")]]) {
+    await using host = playHost();
+    const prompts = [host.session.play("a"), host.session.queue("b")];
+    for (const chunk of chunks) host.say(chunk);
+    assert.deepEqual(await Promise.all(prompts), ["ended", "ended"]);
+  }
+});
+
 test("session: an I that tells of no hangup leaves the caller where they are", async () => {
   await using host = playHost();
   host.say("I,1,HANGUPS");
