@@ -873,10 +873,9 @@ export class Session {
 
   /** Takes what a chunk brings, and tells whether there may be more. Apart from `#read`, which would keep the chunk. */
   #hear(chunk: Chunk): boolean {
-    if (this.#closing) return false; // it was on its way when we closed
     this.#backlog.cut(chunk, (text, from, to) => this.#receive(eventIn(text, from, to), to - from + 1, chunk.done));
     this.change();
-    return !chunk.done;
+    return !chunk.done && !this.#closing;
   }
 
   /** Gives who iterates a moment to take some events; fails where too many wait and none was taken. */
@@ -905,6 +904,7 @@ export class Session {
   #receive(event: IvrEvent, size: number, unfinished: boolean): void {
     const { type } = event;
     let told: boolean | undefined;
+    if (this.#closing) return; // it was on its way when we closed
     // What stands behind the last newline may be incomplete: it may end the call, but it answers nothing
     if (!unfinished) {
       if (type === "variables" && this.#answered(event.data, event.data.split("=", 1)[0])) return;

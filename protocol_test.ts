@@ -1105,6 +1105,17 @@ test("session: with the option i what tells of a prompt behind the hangup comes 
   }
 });
 
+test("session: what stands behind the line at which we close is heard no more, however the chunks were cut", async () => {
+  const lines = ["1,1", "I,1,HANGUP", "2,1", "H,1"];
+  for (const chunks of [lines, [lines.join("\n")]]) {
+    await using host = playHost();
+    host.session.signal.addEventListener("abort", () => host.session.close());
+    for (const chunk of chunks) host.say(chunk);
+    assert.deepEqual((await all(host.session)).map(brief), ["1", "inform"]);
+    assert.deepEqual(await host.session.closed, { by: "disconnect" });
+  }
+});
+
 test("session: an I that tells of no hangup leaves the caller where they are", async () => {
   await using host = playHost();
   host.say("I,1,HANGUPS");
