@@ -414,7 +414,7 @@ export interface Sink {
     write(chunk: Bytes): Promise<void>;
     /** Ends the stream after what was written. */
     close(): Promise<void>;
-    /** Ends the stream at once. */
+    /** Ends the stream at once. Called for one that has closed as well, which has nothing to do then. */
     abort(reason?: unknown): Promise<void>;
   };
 }
