@@ -1336,8 +1336,8 @@ export class Ivr extends Session {
  * Takes a call from its first event to its last: makes an {@linkcode Ivr}, gives it to the handler, and closes it whatever
  * happens. Resolves with how the call ended.
  *
- * A handler that stops because the call is over is no failure: with an `ended` error of a command, or with what a `fetch`
- * throws that was given {@linkcode Session.signal}. Anything else that it throws ends the call, and rejects; so does a limit of
+ * A handler that stops because the call is over is no failure: with an `ended` error of a command, with what a `fetch`
+ * throws that was given {@linkcode Session.signal}, or with a command that was refused since it met the hangup. Anything else that it throws ends the call, and rejects; so does a limit of
  * the session (`overflow`). One call's failure is no other's: a server catches each.
  *
  * @example A server on Deno
@@ -1363,7 +1363,10 @@ export async function answer(
   try {
     await handler(ivr);
   } catch (error) {
-    if (!ivr.signal.aborted || Object(error).code !== "ended" && Object(error).name !== "AbortError") throw error;
+    const { code, name, reason } = Object(error) as Partial<IvrError>;
+    const unexplained = code === "refused" && !reason;
+    if (unexplained) await ivr.params().catch(ignore); // what hears no answer was refused by the hangup
+    if (!ivr.signal.aborted || code !== "ended" && name !== "AbortError" && !unexplained) throw error;
   } finally {
     await ivr.close();
   }

@@ -1496,6 +1496,7 @@ const HANDLERS: [
   ["it exits", (ivr) => ivr.exit(), ["E,1"], { by: "exit" }],
   ["it returns", (ivr) => ivr.get("A"), ["G,1,A="], { by: "disconnect" }],
   ["a command is overtaken by the hangup", (ivr) => ivr.set({ A: "1" }), ["H,1"], { by: "caller" }],
+  ["a command is refused just before the hangup", (ivr) => ivr.interrupt(), ["Z,1", "H,1"], { by: "caller" }],
   ["it asks when all is over", (ivr) => ivr.closed.then(() => ivr.play("a")), ["H,1"], { by: "caller" }],
   [
     "it asks for more behind its exit",
@@ -1574,6 +1575,9 @@ test("answer: a command that was asked behind the one with which writing broke i
   });
   assert.deepEqual(await call, { by: "disconnect", error: broken });
 });
+
+test("answer: a command that is refused since nobody answered the channel is the handler's failure", () =>
+  assert.rejects(inCall((ivr) => ivr.interrupt(), { options: "n" }), code("refused")));
 
 test("answer: takes no call whose stream is locked", async () => {
   const streams = { readable: streamOf(), writable: new WritableStream() };
