@@ -422,8 +422,8 @@ export interface Sink {
 /** How much may wait. */
 export interface LinesOptions {
   /**
-   * How many characters may wait, a bound on memory: those of a line that is not complete, and in a {@linkcode Session} those
-   * of the events that nobody has taken as well. The default is 1 MiB.
+   * How many characters may wait, a bound on memory: those of a line that is not complete, its CR among them, and in a
+   * {@linkcode Session} those of the events that nobody has taken as well. The default is 1 MiB.
    *
    * @default 1048576
    */
@@ -1200,7 +1200,7 @@ export class Ivr extends Session {
    * Plays prompts and collects keys until `maxDigits`, a terminator, a pause, or the end of the call, and resolves with
    * what was collected so far in every case. A key past the end waits for whoever comes next.
    *
-   * Rejects with `invalid` for options out of range, for a file that `queue` would refuse, and when another `gather` is
+   * Rejects with `invalid` for options out of range, for a prompt that `queue` would refuse, and when another `gather` is
    * under way; with `ended` when the caller is gone before it begins.
    *
    * @example An account number, in up to three tries
@@ -1230,7 +1230,13 @@ export class Ivr extends Session {
       checkNumber("gather", "maxDigits", maxDigits, 1);
       if (maxDigits % 1) refuse("gather", "maxDigits", maxDigits, "a whole number");
       if (!/^[\dA-D*#]*$/.test(terminators)) refuse("gather", "terminators", terminators, "keys 0-9 * # A-D");
-      for (const file of files) formatCommand({ type: "queue", file });
+      for (const file of files) {
+        try {
+          formatCommand({ type: "queue", file });
+        } catch {
+          refuse("gather", "prompt", file);
+        }
+      }
       if (this.#gathering) refuse("gather", "gather", options, "one at a time");
       if (this.signal.aborted) throw over();
     } catch (error) {

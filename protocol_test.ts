@@ -247,8 +247,10 @@ function playHost(options?: SessionOptions) {
 }
 
 /** Runs code in virtual time, which passes whenever nothing else happens, and leaves no timer behind. */
-async function inTime(body: (seconds: () => number) => Promise<void>): Promise<void> {
-  const clock = new VirtualClock();
+async function inTime(
+  body: (seconds: () => number) => Promise<void>,
+  clock: VirtualClock = new VirtualClock(),
+): Promise<void> {
   let done = false;
   const running = clock.run(() => body(() => clock.now() / 1e6));
   running.catch(() => {}).then(() => done = true);
@@ -782,7 +784,7 @@ const INVALID: [field: string, doing: string, call: (ivr: Ivr) => Promise<unknow
   ["timeout", "gather", (ivr) => ivr.gather({ timeout: "5" as never })],
   ["interDigitTimeout", "gather", (ivr) => ivr.gather({ interDigitTimeout: -1 })],
   ["promptTimeout", "gather", (ivr) => ivr.gather({ promptTimeout: null as never })],
-  ["file", "send queue", (ivr) => ivr.gather({ prompt: ["good", "bad\n"] })],
+  ["prompt", "gather", (ivr) => ivr.gather({ prompt: ["good", "bad\n"] })],
 ];
 
 test("session: bad input rejects before a byte is sent, and nobody has to look", async () => {
@@ -1383,6 +1385,28 @@ test("session: a consumer that takes an event every turn or every other one keep
   }
 });
 
+/** A clock on which each turn of the event loop takes a millisecond. */
+class SlowTurns extends VirtualClock {
+  override after(time: number, run: () => void): unknown {
+    return super.after(Math.max(time, 1000), run);
+  }
+}
+
+test("session: while reading waits for a consumer it is not the peer that is silent", () =>
+  inTime(async (seconds) => {
+    await using host = playHost({ maxBuffer: 120, keepAlive: 30 });
+    host.write("F,1,x\n".repeat(300));
+    host.end();
+    let seen = 0;
+    for await (const _ of host.session) {
+      seen++;
+      await new Promise((resolve) => setTimeout(resolve));
+    }
+    assert.equal(seen, 300);
+    assert.ok(seconds() > 0.2, "longer than a peer may be silent");
+    assert.equal(await host.hears(), "(end)", "no question went out");
+  }, new SlowTurns()));
+
 test("session: keys that wait while a gather plays, and other events behind them, cost each their own", async () => {
   await using host = playHost({ maxBuffer: 1e6 });
   const events = all(host.session);
@@ -1477,6 +1501,14 @@ test("gather: a prompt that nobody could open is over with the next command that
   }
 });
 
+test("gather: ends as soon as writing breaks, however long it would wait", () =>
+  inTime(async (seconds) => {
+    const session = new Ivr(bare({ write: () => Promise.reject(broken) }));
+    assert.deepEqual(await session.gather({ prompt: "a" }), collected("", "hangup", "ended"));
+    assertNear(seconds(), 0, 0.1);
+    await session.close();
+  }));
+
 // A handler's call
 
 /** What `fetch` does with a signal. */
@@ -1555,14 +1587,6 @@ test("answer: holds a call to its end and closes both streams, whatever the hand
     assert.deepEqual(closed.sort(), ["readable", "writable"], name);
   }
 });
-
-test("gather: ends as soon as writing breaks, however long it would wait", () =>
-  inTime(async (seconds) => {
-    const session = new Ivr(bare({ write: () => Promise.reject(broken) }));
-    assert.deepEqual(await session.gather({ prompt: "a" }), collected("", "hangup", "ended"));
-    assertNear(seconds(), 0, 0.1);
-    await session.close();
-  }));
 
 test("answer: a command that was asked behind the one with which writing broke is no failure of the handler", async () => {
   const streams = {
