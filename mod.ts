@@ -1302,13 +1302,13 @@ export class Ivr extends Session {
   /** Follows what a command does to the playlist. It may tell more than once what became of a prompt: the first is true. */
   protected override ask(
     command: IvrCommand,
-    done: () => void,
+    done: (reply?: unknown) => void,
     fail: (error: IvrError) => void,
     tell?: (outcome: Outcome) => void,
   ): void {
     const { type, file }: { type: string; file?: string } = command;
-    const prompt: Prompt = { file, tell };
     if (!file && type !== "interrupt") return super.ask(command, done, fail);
+    const prompt: Prompt = { file, tell };
     super.ask(command, () => {
       // `S` and `I` clear: what is still before them was skipped. A refused one has left the playlist, and clears nothing
       if (type !== "queue") this.#tell("skipped", this.#playlist.indexOf(prompt));
@@ -1325,9 +1325,11 @@ export class Ivr extends Session {
   /** Follows the playlist. What should have left it before a file that did, and did not say so, was skipped. */
   protected override received(event: IvrEvent): boolean {
     const { type, file }: { type: string; file?: string } = event;
-    const prompt = this.#playlist.find((prompt) => file ? file === prompt.file : prompt.file && type === "interrupted");
+    if (!file && type !== "interrupted") return false;
+    const at = this.#playlist.findIndex((prompt) => prompt.file && (!file || file === prompt.file));
+    const prompt = this.#playlist[at];
     if (!prompt) return false;
-    this.#tell("skipped", this.#playlist.indexOf(prompt));
+    this.#tell("skipped", at);
     this.#tell(type as Outcome, 1);
     return !!prompt.tell;
   }
@@ -1343,8 +1345,9 @@ export class Ivr extends Session {
  * happens. Resolves with how the call ended.
  *
  * A handler that stops because the call is over is no failure: with an `ended` error of a command, with what a `fetch`
- * throws that was given {@linkcode Session.signal}, or with a command that was refused since it met the hangup. Anything else that it throws ends the call, and rejects; so does a limit of
- * the session (`overflow`). One call's failure is no other's: a server catches each.
+ * throws that was given {@linkcode Session.signal}, or with a command that was refused since it met the hangup. Anything
+ * else that it throws ends the call, and rejects; so does a limit of the session (`overflow`). One call's failure is no
+ * other's: a server catches each.
  *
  * @example A server on Deno
  * ```ts
@@ -1371,7 +1374,7 @@ export async function answer(
   } catch (error) {
     const { code, name, reason } = Object(error) as Partial<IvrError>;
     const unexplained = code === "refused" && !reason;
-    if (unexplained) await ivr.params().catch(ignore); // what hears no answer was refused by the hangup
+    if (unexplained) await ivr.params().catch(ignore); // brings an answer, or the `H` before which a hangup refuses
     if (!ivr.signal.aborted || code !== "ended" && name !== "AbortError" && !unexplained) throw error;
   } finally {
     await ivr.close();
