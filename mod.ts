@@ -783,7 +783,10 @@ export class Session {
     const iterator: AsyncIterableIterator<IvrEvent, undefined> = {
       next: () => {
         const value = left || waits ? undefined : this.take(); // here as well: most often one waits, and `until` costs more
-        return value ? Promise.resolve({ value, done: false }) : last = promised((resolve) => resolve(wait()));
+        if (value) return Promise.resolve({ value, done: false });
+        last = wait();
+        last.catch(ignore); // nobody has to await it
+        return last;
       },
       return: () => {
         if (!left) this.#loops--;
