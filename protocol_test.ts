@@ -2292,6 +2292,16 @@ test("kit: press returns when its last key was pressed, whenever it began and wh
     assert.equal(clock.pending, 0);
   }));
 
+test("kit: keys that two callers press at once are pressed when each press returns", async () => {
+  const clock = new VirtualClock();
+  const calls = [1, 2].map(() => dial((ivr) => ivr.gather({ maxDigits: 1 }), { clock }));
+  await Promise.all(calls.map(async (call) => {
+    await call.press("5");
+    assert.ok(call.notes.some(({ kind, text }) => kind === "caller" && text === "presses 5"));
+  }));
+  await Promise.all(calls.map((call) => call.over()));
+});
+
 test("kit: calls can share one time", async () => {
   const clock = new VirtualClock();
   const calls = [1, 2].map((i) =>
