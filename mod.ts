@@ -498,18 +498,20 @@ class Cutter {
     for (let end; (end = text.indexOf("\n", from)) >= 0; from = end + 1) {
       const line = this.rest ? this.rest + text.slice(0, end) : text;
       let to = this.rest.length + end; // what is left of the chunk before stands in front of the first
+      this.check(end - from);
       this.rest = "";
-      this.check(to - from);
       if (line[to - 1] === "\r") to--;
       hand(line, from, to);
     }
     this.rest += text.slice(from);
-    this.check(this.rest.length);
+    this.check();
   }
 
-  /** Throws when so much is too much. */
-  check(size: number): void {
-    if (size > this.maxBuffer) throw new IvrError("overflow", `Cannot keep more than ${this.maxBuffer} characters`);
+  /** Throws when the unfinished line, with so much more, is too much. */
+  check(more = 0): void {
+    if (this.rest.length + more > this.maxBuffer) {
+      throw new IvrError("overflow", `Cannot keep more than ${this.maxBuffer} characters`);
+    }
   }
 }
 
@@ -885,7 +887,7 @@ export class Session {
   async #moment(): Promise<void> {
     const { size } = this.#backlog;
     await this.until(() => !this.#backlog.size, 0); // an event may take a turn or two
-    if (this.#backlog.size === size) this.#backlog.check(size + this.#backlog.rest.length);
+    if (this.#backlog.size === size) this.#backlog.check(size);
   }
 
   /** Asks for a sign of life after a silence, and ends the call after another. */
