@@ -894,7 +894,7 @@ export class Session {
   #probe(): void {
     if (this.#keepAlive === Infinity || this.#ending) return;
     this.#wait(this.#keepAlive, () => {
-      this.send({ type: "get", names: ["EIVR_ALIVE"] });
+      this.send({ type: "unknown", line: "" }); // for its acknowledgement
       this.#wait(this.#keepAlive, () => this.close());
     });
   }

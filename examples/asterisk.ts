@@ -978,7 +978,7 @@ const SAYS: Record<Note["kind"], (text: string) => string> = {
  * for a sign of life.
  */
 export function transcript(notes: Note[]): string {
-  const told = notes.filter(({ text }) => !/^G,(?: *-?\d+,)?EIVR_(?:ACK_\d+|ALIVE)=?$/.test(text));
+  const told = notes.filter(({ text }) => !/^G,(?: *-?\d+,)?EIVR_ACK_\d+=?$/.test(text));
   return told.map(({ at, kind, text }) => `${at.toFixed(3).padStart(9)}  ${printable(SAYS[kind](text))}`).join("\n");
 }
 
