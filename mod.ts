@@ -134,7 +134,7 @@ function eventIn(text: string, from: number, to: number): IvrEvent {
   if (minus) timestamp = 0 - timestamp; // never -0
   const dated = at > start && text[from + 1] === "," && Number.isSafeInteger(timestamp);
   const bare = dated && at === to;
-  const data = dated && !bare && text[at] === "," ? text.slice(at + 1, to) : "";
+  const data = dated && !bare && text[at] === "," && text.slice(at + 1, to);
   const tag = text[from]!;
   if (bare && "0123456789*#ABCD".includes(tag)) return { type: "dtmf", timestamp, digit: tag as Digit };
   if (data && tag === "F") return { type: "finished", timestamp, file: data };
