@@ -1370,7 +1370,7 @@ export class Ivr extends Session {
  */
 export async function answer(
   streams: { readable: Source; writable: Sink },
-  handler: (ivr: Ivr) => Promise<void>,
+  handler: (ivr: Ivr) => Promise<unknown>,
   options?: SessionOptions,
 ): Promise<Ending> {
   const ivr = new Ivr(streams, options);
