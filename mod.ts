@@ -125,7 +125,7 @@ function eventIn(text: string, from: number, to: number): IvrEvent {
   if (minus) at++;
   let timestamp = 0;
   const start = at;
-  // Never past the end: where a code was once read there, JavaScriptCore reads all of them more slowly
+  // No code behind the end is read: JavaScriptCore reads all codes more slowly from then on
   for (; at < to; at++) {
     const digit = text.charCodeAt(at) - 48;
     if (digit < 0 || digit > 9) break;
@@ -177,7 +177,7 @@ export function formatEvent(event: IvrEvent): string {
  */
 const EVENTS = "1,0 F,0,0 T,0,0 D,0,0 Z,0,0 P,0,0 G,0,0 I,0,0 H,0 E,0 ?".split(" ");
 
-/** Bytes as a `TextEncoder` makes them: never of shared memory, which streams of some types refuse. */
+/** Bytes as a `TextEncoder` makes them: never of shared memory, which the types of some streams refuse. */
 export type Bytes = ReturnType<InstanceType<typeof TextEncoder>["encode"]>;
 
 function encode(text: string): Bytes {
@@ -187,7 +187,7 @@ function encode(text: string): Bytes {
 /** An event or command by the names of its fields. */
 type Fields = { [field: string]: unknown };
 
-/** How a field is written that is not written as it is. */
+/** How fields are written whose text is not just their value. */
 const TEXTS: { [field: string]: (value: unknown) => unknown } = {
   timestamp: (value) => String(value).padStart(10),
   on: (value) => value ? "autoclear" : "noautoclear",
@@ -195,9 +195,9 @@ const TEXTS: { [field: string]: (value: unknown) => unknown } = {
 };
 
 /**
- * Puts what is meant into the example of its type, field by field from the last, so that the first, which may be long, is
- * measured beside the others. Refuses one with which the line does not read as it was meant, has a character that no line
- * can carry (half of a surrogate pair arrives as something else), or fails otherwise.
+ * Puts what is meant into the example of its type, and reads the line again after each field: refuses the field with which
+ * it does not read as it was meant, has a character that no line can carry (half of a surrogate pair arrives as something
+ * else), or fails otherwise. The first field, which may be long, is put in last, and so blamed for the length of the line.
  */
 function format(
   meant: Fields,
@@ -213,7 +213,7 @@ function format(
   for (let i = names.length; --i;) { // all but the type
     const field = names[i]!;
     const value = meant[field];
-    if (value === undefined && fields[field] === meant["type"]) continue; // a placeholder
+    if (value === undefined && fields[field] === meant["type"]) continue; // the type stays in its place
     fields[field] = value;
     try {
       parts[i % parts.length] = TEXTS[field]?.(value) ?? value; // a key, or an unknown line, stands where the tag does
@@ -341,7 +341,7 @@ export function parseCommand(line: string): IvrCommand {
   return { type: "unknown", line: line.replace(/\r?\n$/, "") };
 }
 
-/** What stands before the first equals sign is the name, what stands behind it the value. No line of Asterisk's has a NUL. */
+/** What stands before the first equals sign is the name, what stands behind it the value. A NUL, which no line has, parts them. */
 function variablesIn(pairs: string[]): Record<string, string> {
   return Object.fromEntries(pairs.map((pair) => pair.replace(/=|$/, "\0").split("\0")));
 }
@@ -490,7 +490,7 @@ class Cutter {
 
   /** Takes the next chunk; the end ends the last line as well, whatever comes with it. Throws where a line is too long. */
   cut({ done, value }: Chunk, hand: (text: string, from: number, to: number) => void): void {
-    this.#decoder ??= new TextDecoder("utf-8", { fatal: false, ignoreBOM: true });
+    this.#decoder ??= new TextDecoder("utf-8", { fatal: false, ignoreBOM: true }); // the types of Workers ask for both
     let text = this.#decoder.decode(value, { stream: !done });
     if (done && /[^\n]$/.test(this.rest + text)) text += "\n";
     let from = 0;
@@ -529,9 +529,9 @@ class Cutter {
 //    `until` for anything to change.
 //
 // While something is asked, or we asked for the end, `#timer` wakes Asterisk. Its last words, or a stream that breaks, stop
-// that: then it is known how the call ends (`#ending`), nothing more can be asked (`#abort`), and the stream of events has
-// a second to end too (`#patience`). With option `i` the caller can be gone, and the call goes on. Every call comes to
-// `#finish`: what waits is settled, and both streams close (`#closing`).
+// that: then it is known how the call ends (`#ending`), nothing more can be asked (`check`), and the stream of events has
+// a second to end too (`#patience`). The signal tells (`#abort`); with option `i` it does so earlier, and the call goes on.
+// Every call comes to `#finish`: what waits is settled, and both streams close (`#closing`).
 
 /** Limits of a {@linkcode Session}. */
 export interface SessionOptions extends LinesOptions {
@@ -590,7 +590,7 @@ class Backlog extends Cutter {
   size = 0; // in characters
   next: Link | undefined; // the oldest
   #last: Place = this; // the youngest, if any
-  #run: Place = this; // the last of those in front that were seen to be of one kind
+  #run: Place = this; // all up to it are of the kind of the oldest: who wants the other one looks behind it
 
   /** Whether more waits than may wait, or than a part of it. */
   full(part = 1): boolean {
@@ -605,6 +605,7 @@ class Backlog extends Cutter {
 
   /** Takes the oldest event, or the oldest key, or the oldest other one. */
   take(wanted?: "dtmf" | "other"): IvrEvent | undefined {
+    // Whether what stands behind a place is not wanted
     const past = (place: Place) => place.next && (place.next.event.type === "dtmf") !== (wanted === "dtmf");
     let before: Place = wanted && past(this) ? this.#run : this;
     while (wanted && past(before)) this.#run = before = before.next!;
@@ -697,8 +698,8 @@ export class Session {
 
   // What came
   #loops = 0; // iterators that nobody has left
-  #changed?: Promise<void> | undefined; // somebody waits for anything to change
-  #resolve?: () => void; // ends that wait
+  #changed?: Promise<void> | undefined; // there while somebody waits for anything to change
+  #resolve?: () => void; // settles it
   #keepAlive: number;
 
   // What went out
@@ -866,7 +867,7 @@ export class Session {
   async #read(): Promise<void> {
     try {
       do {
-        this.#probe(); // while we do not read, it is not the peer that is silent
+        this.#probe(); // anew each time: silence counts only while we read
         if (this.#backlog.full(this.#loops ? AHEAD : 1)) await this.#moment();
       } while (this.#backlog.full() || this.#hear(await this.#reader.read()));
     } catch (error) {
@@ -899,7 +900,7 @@ export class Session {
     });
   }
 
-  /** Waits for a word, or for the end, and no longer. */
+  /** Loses patience after so long, unless something else is waited for meanwhile. */
   #wait(ms: number, then: () => void): void {
     clearTimeout(this.#patience!);
     this.#patience = later(then, ms);
@@ -1069,14 +1070,14 @@ export interface Gathered {
   reason: "maxDigits" | "terminator" | "timeout" | "hangup" | "aborted";
   /** The key that ended it, if one did. */
   terminator?: Digit;
-  /** What became of each prompt, in order. Empty when none was played, since a key or the end of `signal` came before. */
+  /** What became of each prompt, in order. Empty when none was queued: a key waited already, or `signal` was aborted. */
   outcomes: Outcome[];
 }
 
 /** What is in Asterisk's playlist, as far as we know: a file and who wants to know of it, or an `I` that clears it. */
 type Prompt = { file: string | undefined; tell: ((outcome: Outcome) => void) | undefined };
 
-/** What messages can be made of any line: no control characters, no halves of characters, cut to what fits. */
+/** A line of any text as messages that fit: no control characters, no halves of characters, no blanks at their ends. */
 function messages(line: unknown): string[] {
   const room = new Uint8Array(MAX_COMMAND_BYTES - "L,".length);
   const pieces: string[] = [];
@@ -1093,13 +1094,13 @@ function messages(line: unknown): string[] {
  * A call as a menu sees it: a {@linkcode Session} that knows what becomes of each prompt, and gathers keys.
  *
  * Two styles, alone or together: each method returns a promise, and `for await (const event of ivr)` gives every event
- * that nothing else asked for. What became of a prompt reaches both; it does not wait for a loop where there is none and
+ * that nothing else asked for. What became of a prompt reaches both, but is not kept for a loop where there is none and
  * room is short. Keys go to the {@linkcode Ivr.gather} under way, and wait for the next one or for the iterator otherwise.
  *
  * What is under way when the call ends settles with that: `play` and `queue` resolve with `ended`, `gather` with
  * `hangup`, the others reject with `ended`. Whatever is asked for behind `H`, `E` or the end of the stream rejects with
- * `ended`, but `hangup` and `exit`, which resolve. With the dialplan's option `i` the call goes on without its caller: then
- * `gather` alone rejects, and Asterisk refuses what plays.
+ * `ended`. `hangup` and `exit` resolve in either case. With the dialplan's option `i` the call goes on without its caller:
+ * then `gather` alone rejects, and Asterisk refuses what plays.
  *
  * Each method rejects with an {@linkcode IvrError}: `invalid` before anything is sent, `refused` when Asterisk answers `Z` (but
  * `play` and `queue`, whose outcome says so), `ended`; `get` with `truncated`, too.
