@@ -92,7 +92,7 @@ export class IvrError extends Error {
     message: string,
     more?: { cause?: unknown; field?: string; reason?: string | undefined; partial?: Record<string, string> },
   ) {
-    super(message.replace(/\p{C}/gu, "?")); // no control characters, whoever they came from
+    super(message.replace(/\p{C}/gu, "?")); // nothing invisible, whoever it came from
     Object.assign(this, { code }, more);
   }
 }
@@ -434,7 +434,7 @@ export interface LinesOptions {
  * The lines of a stream of bytes, without their `\n` or `\r\n`, wherever the chunks were cut. A last line without a
  * newline is a line too. Bytes are UTF-8; malformed ones become U+FFFD. Leaving the loop cancels the stream.
  *
- * A line is a slice of its chunk's text: keep a copy of what is to be kept long.
+ * A line may be a slice of its chunk's text: who keeps the line keeps the chunk in memory.
  *
  * @throws {IvrError} `overflow` when a line exceeds `maxBuffer`, after the lines before it; `invalid` for a `maxBuffer`
  * that is no number from 1.
@@ -776,7 +776,7 @@ export class Session {
     let last: Promise<Result>;
     this.#loops++;
     const wait = async (): Promise<Result> => {
-      if (waits++) await last.catch(ignore); // who asked first is the first to get one
+      if (waits++) await last.catch(ignore); // who asked first gets the first one: it may be awake and not have looked yet
       let value: IvrEvent | undefined;
       await this.until(() => left || (value = this.take()));
       waits--;
@@ -1243,7 +1243,7 @@ export class Ivr extends Session {
           refuse("gather", "prompt", file);
         }
       }
-      if (this.#gathering) refuse("gather", "gather", options, "one at a time");
+      if (this.#gathering) refuse("gather", "gather", options, "the only one");
       if (this.signal.aborted) throw over();
     } catch (error) {
       throw await turn(error);
