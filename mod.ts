@@ -410,7 +410,7 @@ export interface Source {
 export interface Sink {
   /** Takes the stream for this writer alone. */
   getWriter(): {
-    /** Takes a chunk; settles when it went out. */
+    /** Takes a chunk; settles when it went out. Not called again, nor is `close`, before that. */
     write(chunk: Bytes): Promise<void>;
     /** Ends the stream after what was written. */
     close(): Promise<void>;
@@ -703,7 +703,8 @@ export class Session {
   #keepAlive: number;
 
   // What went out
-  #out = ""; // in a moment
+  #out = ""; // with the next write
+  #written: Promise<unknown> = Promise.resolve(); // the writes before
   #asked: Asked[] = []; // in order
   #count = 0; // of acknowledgements asked for
   #timer: Timer; // the next wake-up
@@ -942,12 +943,13 @@ export class Session {
     return true;
   }
 
-  /** Writes in one go what is asked without a pause between. A wake-up follows. */
+  /** Writes in one go what is asked without a pause between, or while the write before takes its time. A wake-up follows. */
   #write(text: string, delay?: number): void {
     this.#wake(delay);
+    const waits = this.#out;
     this.#out += text;
-    if (this.#out !== text) return; // goes out with what was there before
-    Promise.resolve().then(() => {
+    if (waits) return;
+    this.#written = this.#written.then(() => {
       text = this.#out;
       this.#out = "";
       return this.#writer.write(encode(text));
@@ -985,7 +987,7 @@ export class Session {
     const grace = new Promise<void>((resolve) => this.#wait(GRACE, resolve));
     // A socket that ends by itself, as Node's do, is to do so first: Deno fails when both close it in one turn
     await turn()
-      .then(() => error || Promise.race([grace, this.#writer.close()]))
+      .then(() => error || Promise.race([grace, this.#written.then(() => this.#writer.close())]))
       .catch(ignore)
       .then(() => Promise.race([grace, this.#writer.abort(error)])) // nothing to do for one that has closed
       .catch(ignore)

@@ -1271,6 +1271,38 @@ test("session: streams that throw at once, or give no promise, are closed and br
   }
 });
 
+test("session: a sink that takes its time has one write at a time, with all that was asked meanwhile, and then its end", () =>
+  inTime(async (seconds) => {
+    const did: string[] = [];
+    let takes = false;
+    const slowly = async (what: string) => {
+      assert.ok(!takes, "the one before is done");
+      takes = true;
+      await pause(300);
+      takes = false;
+      did.push(`${what} at ${seconds().toFixed(1)}`);
+    };
+    const { readable } = bare({ cancel: () => Promise.resolve() });
+    const session = new Ivr({
+      readable,
+      writable: {
+        getWriter: () => ({
+          write: (chunk) => slowly(new TextDecoder().decode(chunk).replace(/\nG,.*\n|\n/g, "")),
+          close: () => slowly("end"),
+          abort: () => Promise.resolve(),
+        }),
+      },
+    });
+    session.log("1");
+    session.log("2");
+    await pause(100);
+    session.log("3");
+    await pause(100);
+    session.log("4");
+    await session.close();
+    assert.deepEqual(did, ["L,1L,2 at 0.3", "L,3L,4 at 0.6", "end at 0.9"]);
+  }));
+
 test("session: a constructor that finds a stream locked keeps no lock of the other", () => {
   for (const locked of ["readable", "writable"] as const) {
     const streams = { readable: streamOf(), writable: new WritableStream() };
