@@ -71,7 +71,7 @@ export type IvrErrorCode = "invalid" | "refused" | "ended" | "overflow" | "trunc
  * - `refused`: Asterisk answered the command with `Z`; `reason` is what it said, if anything.
  * - `ended`: the call was over, or ended before the command was known to be carried out. Also the reason of
  *   {@linkcode Session.signal}.
- * - `overflow`: more came and waited than {@linkcode LinesOptions.maxBuffer}.
+ * - `overflow`: more came and waited than {@linkcode LinesOptions.maxBuffer}, or 20,000 commands await their answers.
  * - `truncated`: Asterisk cut the reply to `get`; `partial` holds what came.
  */
 export class IvrError extends Error {
@@ -423,7 +423,7 @@ export interface Sink {
 export interface LinesOptions {
   /**
    * How many characters may wait, a bound on memory: those of a line that is not complete, its CR among them, and in a
-   * {@linkcode Session} those of the events that nobody has taken as well. The default is 1 MiB.
+   * {@linkcode Session} those of the events that nobody has taken as well, each with its newline. The default is 1 MiB.
    *
    * @default 1048576
    */
@@ -482,6 +482,7 @@ type Chunk = Awaited<ReturnType<ReturnType<Source["getReader"]>["read"]>>;
 class Cutter {
   readonly maxBuffer: number;
   rest = ""; // a line whose end is in a later chunk
+  overflow?: IvrError; // too much waited
   #decoder?: InstanceType<typeof TextDecoder>; // made with the first bytes: a quiet call costs none
 
   constructor({ maxBuffer = 2 ** 20 }: LinesOptions = {}) {
@@ -498,20 +499,18 @@ class Cutter {
     for (let end; (end = text.indexOf("\n", from)) >= 0; from = end + 1) {
       const line = this.rest ? this.rest + text.slice(0, end) : text;
       let to = this.rest.length + end; // what is left of the chunk before stands in front of the first
-      this.check(end - from);
       this.rest = "";
+      this.check(to - from);
       if (line[to - 1] === "\r") to--;
       hand(line, from, to);
     }
     this.rest += text.slice(from);
-    this.check();
+    this.check(this.rest.length);
   }
 
-  /** Throws when the unfinished line, with so much more, is too much. */
-  check(more = 0): void {
-    if (this.rest.length + more > this.maxBuffer) {
-      throw new IvrError("overflow", `Cannot keep more than ${this.maxBuffer} characters`);
-    }
+  /** Throws when so many are too many. */
+  check(count: number, most = this.maxBuffer, what = "characters"): void {
+    if (count > most) throw this.overflow = new IvrError("overflow", `Cannot keep more than ${most} ${what}`);
   }
 }
 
@@ -565,8 +564,9 @@ export type Reply<Command extends IvrCommand> = Command extends { type: "get" } 
 interface Asked {
   /** The variable whose `G` answers; a `P` has none. */
   name: string | undefined;
-  done(reply?: unknown): void;
-  fail(error: IvrError): void;
+  done: (reply?: unknown) => void;
+  /** Until it was refused. */
+  fail: ((error: IvrError) => void) | undefined;
 }
 
 /** What an event may wait behind: another, or the backlog itself. */
@@ -623,6 +623,9 @@ class Backlog extends Cutter {
 /** How long Asterisk's last words, or ours, may take: milliseconds. */
 const GRACE = 1000;
 
+/** How many commands may await their answers: some 10 MB. */
+const MAX_ASKED = 20_000;
+
 /**
  * A part of what may wait. When more does, reading gives who iterates a moment, since what waits for long costs more to
  * keep; and where nobody iterates, what a promise has told already is let go.
@@ -646,20 +649,26 @@ const turn = <T>(known?: T): Promise<T> => new Promise((resolve) => setTimeout(r
 
 const ignore = (): void => {};
 
-/**
- * A promise that nobody has to await: its rejection is never an unhandled one. What `run` throws rejects it a turn of the
- * event loop later: who tries again and again, whatever comes, does not stop the process.
- */
-function promised<T>(run: ConstructorParameters<typeof Promise<T>>[0]): Promise<T> {
-  const promise = new Promise<T>((resolve, reject) => {
-    try {
-      run(resolve, reject);
-    } catch (error) {
-      turn(error).then(reject);
-    }
-  });
+/** A promise that nobody has to await: its rejection is never an unhandled one. */
+function quiet<T>(promise: Promise<T>): Promise<T> {
   promise.catch(ignore);
   return promise;
+}
+
+/**
+ * A promise that nobody has to await. What `run` throws rejects it a turn of the event loop later: who tries again and
+ * again, whatever comes, does not stop the process.
+ */
+function promised<T>(run: ConstructorParameters<typeof Promise<T>>[0]): Promise<T> {
+  return quiet(
+    new Promise((resolve, reject) => {
+      try {
+        run(resolve, reject);
+      } catch (error) {
+        turn(error).then(reject);
+      }
+    }),
+  );
 }
 
 /**
@@ -704,7 +713,7 @@ export class Session {
 
   // What went out
   #out = ""; // with the next write
-  #written: Promise<unknown> = Promise.resolve(); // the writes before
+  #written: Promise<void> = Promise.resolve(); // the writes before
   #asked: Asked[] = []; // in order
   #count = 0; // of acknowledgements asked for
   #timer: Timer; // the next wake-up
@@ -787,10 +796,7 @@ export class Session {
     const iterator: AsyncIterableIterator<IvrEvent, undefined> = {
       next: () => {
         const value = left || waits ? undefined : this.take(); // here as well: most often one waits, and `until` costs more
-        if (value) return Promise.resolve({ value, done: false });
-        last = wait();
-        last.catch(ignore); // nobody has to await it
-        return last;
+        return value ? Promise.resolve({ value, done: false }) : last = quiet(wait());
       },
       return: () => {
         if (!left) this.#loops--;
@@ -882,6 +888,7 @@ export class Session {
   #hear(chunk: Chunk): boolean {
     this.#backlog.cut(chunk, (text, from, to) => this.#receive(eventIn(text, from, to), to - from + 1, chunk.done));
     this.change();
+    this.#backlog.check(this.#asked.length, MAX_ASKED, "unanswered commands");
     return !chunk.done && !this.#closing;
   }
 
@@ -889,7 +896,7 @@ export class Session {
   async #moment(): Promise<void> {
     const { size } = this.#backlog;
     await this.until(() => !this.#backlog.size, 0); // an event may take a turn or two
-    if (this.#backlog.size === size) this.#backlog.check(size);
+    if (this.#backlog.size === size) this.#backlog.check(size + this.#backlog.rest.length);
   }
 
   /** Asks for a sign of life after a silence, and ends the call after another. */
@@ -918,8 +925,10 @@ export class Session {
       if (type === "params" && this.#answered(event.params)) return;
       if (type === "failed") {
         const { reason } = event;
-        told = !!this.#asked[0];
-        this.#asked[0]?.fail(new IvrError("refused", `Asterisk refused: ${reason ?? "channel not up"}`, { reason }));
+        const [asked] = this.#asked;
+        told = !!asked?.fail;
+        asked?.fail?.(new IvrError("refused", `Asterisk refused: ${reason ?? "channel not up"}`, { reason }));
+        if (asked) asked.fail = undefined; // what else comes before its acknowledgement is nobody's
       } else told = this.received?.(event);
     }
     if (told && !this.#loops && this.#backlog.full(AHEAD)) return; // nobody wants it
@@ -946,13 +955,10 @@ export class Session {
   /** Writes in one go what is asked without a pause between, or while the write before takes its time. A wake-up follows. */
   #write(text: string, delay?: number): void {
     this.#wake(delay);
-    const waits = this.#out;
     this.#out += text;
-    if (waits) return;
     this.#written = this.#written.then(() => {
-      text = this.#out;
-      this.#out = "";
-      return this.#writer.write(encode(text));
+      [text, this.#out] = [this.#out, ""];
+      return text ? this.#writer.write(encode(text)) : undefined;
     }).catch((error) => this.#end({ by: "disconnect", error: error || over() })); // Asterisk's last words may still come
   }
 
@@ -979,10 +985,11 @@ export class Session {
    */
   async #finish(): Promise<void> {
     const { error } = this.#ending!;
-    if (Object(error).code === "overflow") this.#ending!.by = "error";
+    if (error && error === this.#backlog.overflow) this.#ending!.by = "error"; // and no stream's that broke
     // A reset after our own H or E is Asterisk closing with our wake-ups unread
     else if (error && this.#leaving) this.#ending = { by: this.#leaving };
-    for (const { fail } of this.#asked) fail(over(error));
+    const ended = over(error);
+    for (const { fail } of this.#asked) fail?.(ended);
     this.change();
     const grace = new Promise<void>((resolve) => this.#wait(GRACE, resolve));
     // A socket that ends by itself, as Node's do, is to do so first: Deno fails when both close it in one turn
@@ -1224,32 +1231,28 @@ export class Ivr extends Session {
    * ```
    */
   gather(options: GatherOptions = {}): Promise<Gathered> {
-    return promised((resolve) => resolve(this.#gather(options)));
+    return promised((resolve, reject) => this.#gather(options).then(resolve, (error) => turn(error).then(reject)));
   }
 
   async #gather(options: GatherOptions): Promise<Gathered> {
     const { prompt = [], maxDigits = Infinity, terminators = "#", bargeIn = true, flush, signal } = options;
     const { timeout = 5000, interDigitTimeout = timeout, promptTimeout = 300_000 } = options;
     let files = [prompt].flat();
-    try {
-      checkNumber("gather", "timeout", timeout, 0);
-      checkNumber("gather", "interDigitTimeout", interDigitTimeout, 0);
-      checkNumber("gather", "promptTimeout", promptTimeout, 0);
-      checkNumber("gather", "maxDigits", maxDigits, 1);
-      if (maxDigits % 1) refuse("gather", "maxDigits", maxDigits, "a whole number");
-      if (!/^[\dA-D*#]*$/.test(terminators)) refuse("gather", "terminators", terminators, "keys 0-9 * # A-D");
-      for (const file of files) {
-        try {
-          formatCommand({ type: "queue", file });
-        } catch {
-          refuse("gather", "prompt", file);
-        }
+    checkNumber("gather", "timeout", timeout, 0);
+    checkNumber("gather", "interDigitTimeout", interDigitTimeout, 0);
+    checkNumber("gather", "promptTimeout", promptTimeout, 0);
+    checkNumber("gather", "maxDigits", maxDigits, 1);
+    if (maxDigits % 1) refuse("gather", "maxDigits", maxDigits, "a whole number");
+    if (!/^[\dA-D*#]*$/.test(terminators)) refuse("gather", "terminators", terminators, "keys 0-9 * # A-D");
+    for (const file of files) {
+      try {
+        formatCommand({ type: "queue", file });
+      } catch {
+        refuse("gather", "prompt", file);
       }
-      if (this.#gathering) refuse("gather", "gather", options, "the only one");
-      if (this.signal.aborted) throw over();
-    } catch (error) {
-      throw await turn(error);
     }
+    if (this.#gathering) refuse("gather", "gather", options, "the only one");
+    if (this.signal.aborted) throw over();
 
     let digits = "";
     let end: Pick<Gathered, "reason" | "terminator"> | undefined;
@@ -1323,7 +1326,7 @@ export class Ivr extends Session {
       if (this.signal.aborted) tell?.("ended");
       done();
     }, (error) => {
-      this.#playlist = this.#playlist.filter((other) => other !== prompt);
+      this.#playlist.splice(this.#playlist.indexOf(prompt) >>> 0, 1); // -1 is past the end
       tell?.(error.reason ? "missing" : error.code as Outcome);
       fail(error);
     });
@@ -1380,10 +1383,14 @@ export async function answer(
   try {
     await handler(ivr);
   } catch (error) {
-    const { code, name, reason } = Object(error) as Partial<IvrError>;
+    const { code, reason } = error instanceof IvrError ? error : {} as Partial<IvrError>;
     const unexplained = code === "refused" && !reason;
-    if (unexplained) await ivr.params().catch(ignore); // brings an answer, or the `H` before which a hangup refuses
-    if (!ivr.signal.aborted || code !== "ended" && name !== "AbortError" && !unexplained) throw error;
+    if (unexplained) { // is it the hangup? Its `H` comes before any answer
+      let timer: Timer;
+      await Promise.race([ivr.params(), new Promise<void>((resolve) => timer = later(resolve, GRACE))]).catch(ignore);
+      clearTimeout(timer!);
+    }
+    if (!ivr.signal.aborted || code !== "ended" && Object(error).name !== "AbortError" && !unexplained) throw error;
   } finally {
     await ivr.close();
   }

@@ -1151,7 +1151,8 @@ test("session: a stream that breaks is the end of a call, after the events befor
 });
 
 test("session: a stream that another call's end broke is no limit of this one", async () => {
-  for (const error of [new IvrError("ended", "The call is over"), undefined]) {
+  const errors = [new IvrError("ended", "The call is over"), new IvrError("overflow", "Too much elsewhere"), undefined];
+  for (const error of errors) {
     await using host = playHost();
     host.breaks(error as Error);
     assert.deepEqual(await all(host.session), []);
@@ -1355,9 +1356,11 @@ test("session: a loop of which several wait when a limit ends it stops nobody el
   await insist(() => loop.next());
 });
 
-test("session: one that gathers with a signal that was aborted before stops nobody else either", async () => {
+test("session: one that gathers with a signal that was aborted before, or is none, stops nobody else either", async () => {
   await using host = playHost();
   await insist(() => host.session.gather({ signal: AbortSignal.abort() }));
+  await insist(() => host.session.gather({ signal: new AbortController() as unknown as AbortSignal }));
+  await insist(() => host.session.gather(null as unknown as object));
 });
 
 // What waits is bounded
@@ -1382,6 +1385,38 @@ test("session: what waits is bounded, events and the unfinished line, and overfl
       }, code("overflow"));
       assert.ok(seen <= text.split("\n").length - 1 && seen >= Math.min(12, text.split("1,1").length - 1), `${seen}`);
     }
+  }
+});
+
+test("session: of a command one refusal is told, and more of them are events as others, bounded", async () => {
+  for (const loops of [false, true]) {
+    await using host = playHost({ maxBuffer: 500 });
+    const events = loops ? all(host.session) : undefined;
+    const refused = host.session.autoclear(true);
+    const prompt = host.session.queue("a");
+    host.say("Z,1", "Z,1,again", "G,1,EIVR_ACK_1=", "G,1,EIVR_ACK_2=", "F,1,a");
+    await assert.rejects(refused, code("refused"));
+    assert.equal(await prompt, "finished");
+    const silent = host.session.set({ A: "1" });
+    host.write("Z,1\n".repeat(1000));
+    if (loops) host.say("H,1");
+    if (loops) host.end();
+    await assert.rejects(silent, code("refused"));
+    assert.equal((await host.session.closed).by, loops ? "caller" : "error");
+    if (loops) assert.equal((await events)!.length, 1004);
+  }
+});
+
+test("session: commands whose answers never come are bounded", async () => {
+  for (const [count, by] of [[20_000, "caller"], [20_001, "error"]] as const) {
+    await using host = playHost();
+    const commands = Promise.allSettled(Array.from({ length: count }, () => host.session.interrupt()));
+    host.say("1,1");
+    await next(host.session).catch(code("overflow"));
+    host.say("H,1");
+    host.end();
+    assert.equal((await host.session.closed).by, by);
+    for (const { reason } of await commands as PromiseRejectedResult[]) assert.ok(code("ended")(reason));
   }
 });
 
@@ -1550,6 +1585,8 @@ const aborted = (signal: AbortSignal) =>
 const abortError = (cause: unknown) =>
   new DOMException("The operation was aborted", { name: "AbortError", cause } as never);
 
+const lookalike = Object.assign(new Error("no transaction"), { code: "ended" });
+
 /** A handler, what Asterisk says meanwhile, and what becomes of the call: how it ended, or the error or its code. */
 const HANDLERS: [
   name: string,
@@ -1590,6 +1627,9 @@ const HANDLERS: [
   ["it throws", () => Promise.reject(broken), [], { error: broken }],
   ["it throws after the hangup", (ivr) => ivr.closed.then(() => Promise.reject(broken)), ["H,1"], { error: broken }],
   ["it throws nothing", () => Promise.reject(undefined), [], { error: undefined }],
+  ["it throws what only looks like an end", (ivr) => ivr.closed.then(() => Promise.reject(lookalike)), ["H,1"], {
+    error: lookalike,
+  }],
   ["another call's end is an error of this one", () => Promise.reject(new IvrError("ended", "not here")), [], "ended"],
   ["a value is wrong", (ivr) => ivr.play(""), [], "invalid"],
   ["Asterisk refuses", (ivr) => ivr.answer(), ["Z,1,ANSWER_FAILURE"], "refused"],
@@ -1631,6 +1671,21 @@ test("answer: a command that was asked behind the one with which writing broke i
   });
   assert.deepEqual(await call, { by: "disconnect", error: broken });
 });
+
+test("answer: a handler that was refused ends its call within a second, though the host says nothing that matters more", () =>
+  inTime(async (seconds) => {
+    for (const says of ["", "1,1\n"]) {
+      const { readable, writable } = new TransformStream<Uint8Array, Uint8Array>();
+      const writer = writable.getWriter();
+      const began = seconds();
+      const call = answer({ readable, writable: new WritableStream() }, (ivr) => ivr.interrupt());
+      const talking = setInterval(() => says && writer.write(utf8(says)), 300);
+      writer.write(utf8("Z,1\n"));
+      await assert.rejects(call, code("refused"));
+      clearInterval(talking);
+      assertNear(seconds() - began, 1, 0.1);
+    }
+  }));
 
 test("answer: a command that is refused since nobody answered the channel is the handler's failure", () =>
   assert.rejects(inCall((ivr) => ivr.interrupt(), { options: "n" }), code("refused")));
