@@ -71,7 +71,8 @@ export type IvrErrorCode = "invalid" | "refused" | "ended" | "overflow" | "trunc
  * - `refused`: Asterisk answered the command with `Z`; `reason` is what it said, if anything.
  * - `ended`: the call was over, or ended before the command was known to be carried out. Also the reason of
  *   {@linkcode Session.signal}.
- * - `overflow`: more came and waited than {@linkcode LinesOptions.maxBuffer}, or 20,000 commands await their answers.
+ * - `overflow`: more came and waited than {@linkcode LinesOptions.maxBuffer}, or more than 20,000 commands await
+ *   their answers, or more than 1 MiB to be written.
  * - `truncated`: Asterisk cut the reply to `get`; `partial` holds what came.
  */
 export class IvrError extends Error {
@@ -626,6 +627,9 @@ const GRACE = 1000;
 /** How many commands may await their answers: some 10 MB. */
 const MAX_ASKED = 20_000;
 
+/** How many characters may wait to be written. */
+const MAX_OUT = 2 ** 20;
+
 /**
  * A part of what may wait. When more does, reading gives who iterates a moment, since what waits for long costs more to
  * keep; and where nobody iterates, what a promise has told already is let go.
@@ -633,6 +637,9 @@ const MAX_ASKED = 20_000;
 const AHEAD = 1 / 16;
 
 const over = (cause?: unknown): IvrError => new IvrError("ended", "The call is over", { cause });
+
+const refused = (reason: string | undefined): IvrError =>
+  new IvrError("refused", `Asterisk refused: ${reason ?? "channel not up"}`, { reason });
 
 type Timer = ReturnType<typeof setTimeout> | undefined; // `clearTimeout(timer!)`: the types of Workers take no undefined
 
@@ -889,6 +896,7 @@ export class Session {
     this.#backlog.cut(chunk, (text, from, to) => this.#receive(eventIn(text, from, to), to - from + 1, chunk.done));
     this.change();
     this.#backlog.check(this.#asked.length, MAX_ASKED, "unanswered commands");
+    this.#backlog.check(this.#out.length, MAX_OUT);
     return !chunk.done && !this.#closing;
   }
 
@@ -924,10 +932,9 @@ export class Session {
       if (type === "variables" && this.#answered(event.data, event.data.split("=", 1)[0])) return;
       if (type === "params" && this.#answered(event.params)) return;
       if (type === "failed") {
-        const { reason } = event;
         const [asked] = this.#asked;
         told = !!asked?.fail;
-        asked?.fail?.(new IvrError("refused", `Asterisk refused: ${reason ?? "channel not up"}`, { reason }));
+        asked?.fail?.(refused(event.reason));
         if (asked) asked.fail = undefined; // what else comes before its acknowledgement is nobody's
       } else told = this.received?.(event);
     }
@@ -959,7 +966,8 @@ export class Session {
     this.#written = this.#written.then(() => {
       [text, this.#out] = [this.#out, ""];
       return text ? this.#writer.write(encode(text)) : undefined;
-    }).catch((error) => this.#end({ by: "disconnect", error: error || over() })); // Asterisk's last words may still come
+    }); // behind a write that broke there is no other
+    this.#written.catch((error) => this.#end({ by: "disconnect", error: error || over() })); // Asterisk's last words may still come
   }
 
   /** Wakes Asterisk while something is awaited: a millisecond after a command or an answer, then ever more slowly. */
@@ -996,7 +1004,8 @@ export class Session {
     await turn()
       .then(() => error || Promise.race([grace, this.#written.then(() => this.#writer.close())]))
       .catch(ignore)
-      .then(() => Promise.race([grace, this.#writer.abort(error)])) // nothing to do for one that has closed
+      // Nothing to do for one that has closed; what did not go out in time never does
+      .then(() => (this.#out = "", Promise.race([grace, this.#writer.abort(error)])))
       .catch(ignore)
       .then(() => Promise.race([grace, this.#reader.cancel()]))
       .catch(ignore);

@@ -1304,6 +1304,28 @@ test("session: a sink that takes its time has one write at a time, with all that
     assert.deepEqual(did, ["L,1L,2 at 0.3", "L,3L,4 at 0.6", "end at 0.9"]);
   }));
 
+test("session: behind a write that broke, or was given up, nothing is written", () =>
+  inTime(async () => {
+    for (const broke of [true, false]) {
+      const did: string[] = [];
+      const write = async () => {
+        did.push("write");
+        await pause(broke ? 1 : 1500);
+        if (broke) throw RESET;
+      };
+      const abort = () => Promise.resolve(void did.push("abort"));
+      const session = new Ivr(bare({ write, abort, close: never, cancel: () => Promise.resolve() }));
+      session.log("1");
+      await Promise.resolve();
+      await Promise.resolve();
+      session.log("2");
+      if (!broke) await session.close();
+      await session.closed;
+      await pause(3000);
+      assert.deepEqual(did, ["write", "abort"]);
+    }
+  }));
+
 test("session: a constructor that finds a stream locked keeps no lock of the other", () => {
   for (const locked of ["readable", "writable"] as const) {
     const streams = { readable: streamOf(), writable: new WritableStream() };
@@ -1417,6 +1439,24 @@ test("session: commands whose answers never come are bounded", async () => {
     host.end();
     assert.equal((await host.session.closed).by, by);
     for (const { reason } of await commands as PromiseRejectedResult[]) assert.ok(code("ended")(reason));
+  }
+});
+
+test("session: what waits to be written is bounded, and ends no sooner in a call that is read", async () => {
+  for (const reads of [true, false]) {
+    let tell!: ReadableStreamDefaultController<Uint8Array>;
+    const readable = new ReadableStream<Uint8Array>({ start: (controller) => void (tell = controller) });
+    const write = () => reads ? Promise.resolve() : never();
+    const session = new Ivr({ readable, writable: new WritableStream({ write }) });
+    for (let i = 1; i < 2000; i++) {
+      session.send({ type: "log", message: "x".repeat(1000) });
+      tell.enqueue(utf8(`G,1,EIVR_ACK_${i}=\n`)); // whoever counts on may acknowledge without reading
+      if (i % 100 === 0) await pause();
+    }
+    if (reads) tell.enqueue(utf8("H,1\n")), tell.close();
+    const { by, error } = await session.closed;
+    assert.equal(by, reads ? "caller" : "error");
+    if (!reads) assert.ok(code("overflow")(error));
   }
 });
 
@@ -3464,7 +3504,7 @@ onUnix("edge: a session or its WebSocket ends first, and no other call knows", a
       const socket = new WebSocket(ws({ port }));
       const closed = new Promise((resolve) => socket.addEventListener("close", resolve));
       await new Promise((resolve) => socket.addEventListener("open", resolve));
-      if (words) socket.send(words);
+      for (const message of cut(words, 2 ** 19)) socket.send(message as Uint8Array<ArrayBuffer>);
       if (first === "socket") socket.close();
       await closed;
     }

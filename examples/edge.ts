@@ -66,6 +66,9 @@ if ((import.meta as { main?: boolean }).main) {
 /** Bytes that may wait for a relay that does not take them. No call has so much to say. */
 const MOST = 2 ** 20;
 
+/** Bytes of a chunk, at most. */
+const PIECE = 2 ** 16;
+
 /** A call's streams, and what its WebSocket has to tell them. */
 interface Line {
   readable: Source;
@@ -74,7 +77,7 @@ interface Line {
   closed(): void;
 }
 
-/** Makes the line of a WebSocket. A message is a chunk. The call or the WebSocket ends first, at any moment. */
+/** Makes the line of a WebSocket. A message is a chunk, or several. The call or the WebSocket ends first, at any moment. */
 function line(socket: Pick<WebSocket, "readyState" | "send" | "close"> & { bufferedAmount?: number }): Line {
   let events: ReadableStreamDefaultController<Uint8Array> | undefined; // none when nobody reads any more
   return {
@@ -95,7 +98,9 @@ function line(socket: Pick<WebSocket, "readyState" | "send" | "close"> & { buffe
       abort: () => socket.close(),
     }),
     receive(data) {
-      events?.enqueue(typeof data === "string" ? new TextEncoder().encode(data) : new Uint8Array(data));
+      const bytes = typeof data === "string" ? new TextEncoder().encode(data) : new Uint8Array(data);
+      // In pieces: a session looks at its bounds between chunks
+      for (let at = 0; at < bytes.length; at += PIECE) events?.enqueue(bytes.subarray(at, at + PIECE));
     },
     closed() {
       events?.close();
@@ -180,6 +185,7 @@ export default {
 
   /** Where Bun tells what happens to WebSockets. */
   websocket: {
+    maxPayloadLength: MOST as number,
     backpressureLimit: MOST as number,
     closeOnBackpressureLimit: true,
     open(socket: WebSocket & { data: Line }): void {
