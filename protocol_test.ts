@@ -3512,6 +3512,20 @@ onUnix("edge: a session or its WebSocket ends first, and no other call knows", a
   assert.match(said, /overflow|more than/);
 });
 
+test("edge: a message of any size is chunks of 64 KiB at most, with which a session meets its bound in time", async () => {
+  const socket = Object.assign(new EventTarget(), { readyState: 1, binaryType: "", send: () => {}, close: () => {} });
+  const { readable } = webSocketStreams(socket as unknown as WebSocket);
+  const text = "1,1\n".repeat(100_000);
+  for (const data of [text, utf8(text).buffer]) socket.dispatchEvent(new MessageEvent("message", { data }));
+  socket.dispatchEvent(new Event("close"));
+  const reader = readable.getReader();
+  let bytes = 0;
+  for (let chunk; !(chunk = await reader.read()).done; bytes += chunk.value!.length) {
+    assert.ok(chunk.value!.length <= 65_536, `${chunk.value!.length} bytes`);
+  }
+  assert.equal(bytes, 800_000);
+});
+
 onUnix("edge: a WebSocket is broken off without a word, and no other call knows", async () => {
   await besideACall(async (port) => {
     for (let i = 0; i < 5; i++) (await requested(port, [...UPGRADE, KEY])).socket.resetAndDestroy();
