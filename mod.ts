@@ -342,7 +342,7 @@ export function parseCommand(line: string): IvrCommand {
   return { type: "unknown", line: line.replace(/\r?\n$/, "") };
 }
 
-/** What stands before the first equals sign is the name, what stands behind it the value. A NUL, which no line has, parts them. */
+/** What stands before the first equals sign is the name, the rest the value. A NUL, which no line has, parts them. */
 function variablesIn(pairs: string[]): Record<string, string> {
   return Object.fromEntries(pairs.map((pair) => pair.replace(/=|$/, "\0").split("\0")));
 }
@@ -967,7 +967,8 @@ export class Session {
       [text, this.#out] = [this.#out, ""];
       return text ? this.#writer.write(encode(text)) : undefined;
     }); // behind a write that broke there is no other
-    this.#written.catch((error) => this.#end({ by: "disconnect", error: error || over() })); // Asterisk's last words may still come
+    // Asterisk's last words may still come
+    this.#written.catch((error) => this.#end({ by: "disconnect", error: error || over() }));
   }
 
   /** Wakes Asterisk while something is awaited: a millisecond after a command or an answer, then ever more slowly. */

@@ -974,8 +974,7 @@ const SAYS: Record<Note["kind"], (text: string) => string> = {
 };
 
 /**
- * What happened, a {@linkcode printable} line each: when, and what. Left out is what only acknowledges a command, or asks
- * for a sign of life.
+ * What happened, a {@linkcode printable} line each: when, and what. Left out is what only acknowledges.
  */
 export function transcript(notes: Note[]): string {
   const told = notes.filter(({ text }) => !/^G,(?: *-?\d+,)?EIVR_ACK_\d+=?$/.test(text));
