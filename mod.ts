@@ -88,11 +88,7 @@ export class IvrError extends Error {
   declare partial?: Record<string, string>;
 
   /** Makes an error with a code, a message, and what else there is to know. */
-  constructor(
-    code: IvrErrorCode,
-    message: string,
-    more?: { cause?: unknown; field?: string; reason?: string | undefined; partial?: Record<string, string> },
-  ) {
+  constructor(code: IvrErrorCode, message: string, more?: Partial<IvrError>) {
     super(message.replace(/\p{C}/gu, "?")); // nothing invisible, whoever it came from
     Object.assign(this, { code }, more);
   }
@@ -114,8 +110,7 @@ export class IvrError extends Error {
  * ```
  */
 export function parseEvent(line: string): IvrEvent {
-  if (line.endsWith("\n")) line = line.replace(/\r?\n$/, "");
-  return eventIn(line, 0, line.length);
+  return eventIn(line, 0, line.length - +line.endsWith("\n") - +line.endsWith("\r\n"));
 }
 
 /** Reads the line that stands between two places of a text, so that nobody has to cut it out first. */
@@ -127,13 +122,11 @@ function eventIn(text: string, from: number, to: number): IvrEvent {
   let timestamp = 0;
   const start = at;
   // No code behind the end is read: JavaScriptCore reads all codes more slowly from then on
-  for (; at < to; at++) {
-    const digit = text.charCodeAt(at) - 48;
-    if (digit < 0 || digit > 9) break;
+  for (let digit; at < to && (digit = text.charCodeAt(at) - 48) >= 0 && digit <= 9; at++) {
     timestamp = timestamp * 10 + digit;
   }
+  const dated = at > start && text[from + 1] === "," && timestamp < 2 ** 53; // from there on numbers have gaps
   if (minus) timestamp = 0 - timestamp; // never -0
-  const dated = at > start && text[from + 1] === "," && Number.isSafeInteger(timestamp);
   const bare = dated && at === to;
   const data = dated && !bare && text[at] === "," && text.slice(at + 1, to);
   const tag = text[from]!;
@@ -181,9 +174,7 @@ const EVENTS = "1,0 F,0,0 T,0,0 D,0,0 Z,0,0 P,0,0 G,0,0 I,0,0 H,0 E,0 ?".split("
 /** Bytes as a `TextEncoder` makes them: never of shared memory, which the types of some streams refuse. */
 export type Bytes = ReturnType<InstanceType<typeof TextEncoder>["encode"]>;
 
-function encode(text: string): Bytes {
-  return new TextEncoder().encode(text);
-}
+const encode = (text: string): Bytes => new TextEncoder().encode(text);
 
 /** An event or command by the names of its fields. */
 type Fields = { [field: string]: unknown };
@@ -200,24 +191,18 @@ const TEXTS: { [field: string]: (value: unknown) => unknown } = {
  * it does not read as it was meant, has a character that no line can carry (half of a surrogate pair arrives as something
  * else), or fails otherwise. The first field, which may be long, is put in last, and so blamed for the length of the line.
  */
-function format(
-  meant: Fields,
-  examples: string[],
-  parse: (line: string) => Fields,
-  fails?: (line: string) => boolean,
-): string {
+function format(meant: Fields, examples: string[], parse: (line: string) => Fields, fails?: (line: string) => boolean) {
   const doing = "send " + String(meant["type"]);
   let line = examples.find((line) => parse(line)["type"] === meant["type"]) ?? refuse(doing, "type", meant["type"]);
   const parts: unknown[] = line.split(",");
   const fields = parse(line);
   const names = Object.keys(fields);
-  for (let i = names.length; --i;) { // all but the type
-    const field = names[i]!;
+  for (let field; (field = names.pop()!) !== "type";) { // which stands first
     const value = meant[field];
     if (value === undefined && fields[field] === meant["type"]) continue; // the type stays in its place
     fields[field] = value;
     try {
-      parts[i % parts.length] = TEXTS[field]?.(value) ?? value; // a key, or an unknown line, stands where the tag does
+      parts[names.length % parts.length] = TEXTS[field]?.(value) ?? value; // a key, or an unknown line, stands where the tag does
       if (parts.at(-1) === undefined) parts.pop();
       line = parts.join();
       const same = JSON.stringify(fields) === JSON.stringify(parse(line));
@@ -229,24 +214,19 @@ function format(
 }
 
 /** What a field has to be that has no rule of its own. */
-const TEXT = "valid text on one line, not empty, in a command up to 1022 bytes not ending in a blank";
-
-/** The same of several texts. */
-const LIST = TEXT + ", without commas, names without equals signs";
+const TEXT = "valid text on one line, not empty, in a command up to 1022 bytes not ending in a blank; " +
+  "in lists without commas, names without equals signs";
 
 /** What other fields have to be. */
 const RULES: { [field: string]: string } = {
   type: "known",
-  line: "unknown, on one line, in a command up to 1022 bytes",
+  line: "unknown, on one line, up to 1022 bytes",
   timestamp: "a whole number",
   interval: "a whole number from 0",
   duration: "a whole number from 0",
   on: "a boolean",
   digit: "one of 0-9 * # A-D",
-  digits: "keys 0-9 * # A-D w W f F, in a command up to 1022 bytes",
-  params: LIST,
-  names: LIST,
-  variables: LIST,
+  digits: "keys 0-9 * # A-D w W f F, up to 1022 bytes",
 };
 
 /** Throws for a value: names it, and the rule. */
@@ -315,18 +295,10 @@ const COMMANDS = "S,0 A,0 I,interrupt T,answer D,0,0,0 O,autoclear V,0 G,0 P,par
  * ```
  */
 export function parseCommand(line: string): IvrCommand {
-  let end = (line + "\0").indexOf("\0");
-  while (line[end - 1]! <= " ") end--;
-  const payload = line.slice(2, end);
-  const letter = payload && line[0];
+  const [, letter, payload = ""] = /^(.)[^\0]([^\0]*[^\0- ])/s.exec(line) ?? [];
   if (letter === "D" && /^[\da-dfw*#]+(,\d*)?(,\d*)?$/i.test(payload)) {
-    const [digits, interval, duration] = payload.split(",");
-    return {
-      type: "dtmf",
-      digits: digits!,
-      ...interval && { interval: +interval },
-      ...duration && { duration: +duration },
-    };
+    const [digits = "", interval, duration] = payload.split(",");
+    return { type: "dtmf", digits, ...interval && { interval: +interval }, ...duration && { duration: +duration } };
   }
   if (letter === "S") return { type: "play", file: payload };
   if (letter === "A") return { type: "queue", file: payload };
@@ -342,9 +314,10 @@ export function parseCommand(line: string): IvrCommand {
   return { type: "unknown", line: line.replace(/\r?\n$/, "") };
 }
 
-/** What stands before the first equals sign is the name, the rest the value. A NUL, which no line has, parts them. */
+/** What stands before the first equals sign is the name, the rest the value. */
 function variablesIn(pairs: string[]): Record<string, string> {
-  return Object.fromEntries(pairs.map((pair) => pair.replace(/=|$/, "\0").split("\0")));
+  // `fromEntries` takes "__proto__" as a name like any other
+  return Object.fromEntries(pairs.map((pair) => /([^=]*)=?(.*)/s.exec(pair)!.slice(1)));
 }
 
 /**
@@ -383,11 +356,12 @@ export function formatCommand(command: IvrCommand): string {
  * ```
  */
 export function parseVariables(data: string, names: string[]): Record<string, string> {
-  return Object.fromEntries(names.flatMap((name, i) => {
-    const pair = data.split(`,${names[i + 1] ?? "\n"}=`, 1)[0]!; // no value has a newline
-    data = data.slice(pair.length + 1);
-    return pair.startsWith(`${name}=`) ? [[name, pair.slice(name.length + 1)]] : [];
-  })); // `fromEntries` takes "__proto__" as a name like any other
+  const pairs: string[] = [];
+  for (const part of data.split(",")) {
+    if (part.startsWith(`${names[pairs.length] ?? ","}=`)) pairs.push(part); // behind the last name no pair begins
+    else if (pairs.length) pairs.push(pairs.pop() + "," + part);
+  }
+  return variablesIn(pairs);
 }
 
 // ---------------------------------------------------------------------------------------------------------

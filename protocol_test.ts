@@ -512,6 +512,7 @@ const VARIABLES: [data: string, names: string[], values: Record<string, string>]
   ["FOO=bar,COMMA=a,b=c,EXTEN=", ["FOO", "COMMA", "EXTEN"], { FOO: "bar", COMMA: "a,b=c", EXTEN: "" }],
   ["A=1,B=,C=x=y,D=, D=2", ["A", "B", "C", "D", " D"], { A: "1", B: "", C: "x=y", D: "", " D": "2" }],
   ["A=1,A=1", ["A", "A"], { A: "1" }],
+  ["A=1\0x,B=\0=,2", ["A", "B"], { A: "1\0x", B: "\0=,2" }],
   ["A=1,B=2,C=cu", ["A", "B", "C", "D"], { A: "1", B: "2", C: "cu" }],
   ["X=1", ["A"], {}],
   ["", ["A"], {}],
@@ -841,8 +842,8 @@ test("session: a get asks one name a line, all at once, and takes its replies by
   await using host = playHost();
   const got = host.session.get("A", "B", "C");
   assert.deepEqual([await host.hears(), await host.hears(), await host.hears()], ["G,A", "G,B", "G,C"]);
-  host.say("G,1,B=,A=1", "G,1,C=x,y=z", "G,1,OTHER=3", "G,1,A= 1,B=2,\x01");
-  assert.deepEqual(await got, { A: " 1,B=2,\x01", B: ",A=1", C: "x,y=z" });
+  host.say("G,1,B=,A=1", "G,1,C=x,y=z", "G,1,OTHER=3", "G,1,A= 1,B=2,\x01\0x");
+  assert.deepEqual(await got, { A: " 1,B=2,\x01\0x", B: ",A=1", C: "x,y=z" });
   assert.deepEqual(await next(host.session), { type: "variables", timestamp: 1, data: "OTHER=3" });
 });
 
