@@ -71,8 +71,8 @@ export type IvrErrorCode = "invalid" | "refused" | "ended" | "overflow" | "trunc
  * - `refused`: Asterisk answered the command with `Z`; `reason` is what it said, if anything.
  * - `ended`: the call was over, or ended before the command was known to be carried out. Also the reason of
  *   {@linkcode Session.signal}.
- * - `overflow`: more came and waited than {@linkcode LinesOptions.maxBuffer}, or more than 20,000 commands await
- *   their answers, or more than 1 MiB to be written.
+ * - `overflow`: more came and waited than {@linkcode LinesOptions.maxBuffer}; or, noticed when the next bytes come, the
+ *   characters of commands that are not written yet and fifty for each that is not answered exceed a million.
  * - `truncated`: Asterisk cut the reply to `get`; `partial` holds what came.
  */
 export class IvrError extends Error {
@@ -166,7 +166,7 @@ export function formatEvent(event: IvrEvent): string {
 
 /**
  * A line of each type. From how it is read `format` learns how to write it: its tag, and its fields in their order. So a
- * new type needs a line here, besides its place in the union and in the parser; a new field may need one in `TEXTS` and
+ * new type needs a line here, besides its place in the union and in the parser; a new field may need one in `WRITERS` and
  * `RULES`.
  */
 const EVENTS = "1,0 F,0,0 T,0,0 D,0,0 Z,0,0 P,0,0 G,0,0 I,0,0 H,0 E,0 ?".split(" ");
@@ -180,7 +180,7 @@ const encode = (text: string): Bytes => new TextEncoder().encode(text);
 type Fields = { [field: string]: unknown };
 
 /** How fields are written whose text is not just their value. */
-const TEXTS: { [field: string]: (value: unknown) => unknown } = {
+const WRITERS: { [field: string]: (value: unknown) => unknown } = {
   timestamp: (value) => String(value).padStart(10),
   on: (value) => value ? "autoclear" : "noautoclear",
   variables: (value) => Object.entries(value as Fields).map((pair) => pair.join("=")),
@@ -193,7 +193,7 @@ const TEXTS: { [field: string]: (value: unknown) => unknown } = {
  */
 function format(meant: Fields, examples: string[], parse: (line: string) => Fields, fails?: (line: string) => boolean) {
   const doing = "send " + String(meant["type"]);
-  let line = examples.find((line) => parse(line)["type"] === meant["type"]) ?? refuse(doing, "type", meant["type"]);
+  let line = examples.find((each) => parse(each)["type"] === meant["type"]) ?? refuse(doing, "type", meant["type"]);
   const parts: unknown[] = line.split(",");
   const fields = parse(line);
   const names = Object.keys(fields);
@@ -202,7 +202,8 @@ function format(meant: Fields, examples: string[], parse: (line: string) => Fiel
     if (value === undefined && fields[field] === meant["type"]) continue; // the type stays in its place
     fields[field] = value;
     try {
-      parts[names.length % parts.length] = TEXTS[field]?.(value) ?? value; // a key, or an unknown line, stands where the tag does
+      // Fields and parts stand in the same order, but that a key, or an unknown line, stands where the tag does
+      parts[names.length % parts.length] = WRITERS[field]?.(value) ?? value;
       if (parts.at(-1) === undefined) parts.pop();
       line = parts.join();
       const same = JSON.stringify(fields) === JSON.stringify(parse(line));
@@ -214,7 +215,7 @@ function format(meant: Fields, examples: string[], parse: (line: string) => Fiel
 }
 
 /** What a field has to be that has no rule of its own. */
-const TEXT = "valid text on one line, not empty, in a command up to 1022 bytes not ending in a blank; " +
+const RULE = "valid text on one line, not empty, in a command up to 1022 bytes not ending in a blank; " +
   "in lists without commas, names without equals signs";
 
 /** What other fields have to be. */
@@ -230,7 +231,7 @@ const RULES: { [field: string]: string } = {
 };
 
 /** Throws for a value: names it, and the rule. */
-function refuse(doing: string, field: string, value: unknown, rule = RULES[field] ?? TEXT): never {
+function refuse(doing: string, field: string, value: unknown, rule = RULES[field] ?? RULE): never {
   let shown: string = typeof value;
   try {
     shown = JSON.stringify(value) ?? shown;
@@ -270,9 +271,6 @@ export type IvrCommand =
   | { type: "hangup"; message?: string | undefined }
   | { type: "exit"; message?: string | undefined }
   | { type: "unknown"; line: string };
-
-/** Asterisk cuts a longer line and runs the rest of it as the next command. */
-const MAX_COMMAND_BYTES = 1022;
 
 /**
  * A line of each type, as in `EVENTS`. Asterisk ignores one without a payload: the type fills its place where nothing has to
@@ -337,9 +335,9 @@ function variablesIn(pairs: string[]): Record<string, string> {
  * ```
  */
 export function formatCommand(command: IvrCommand): string {
-  // What reads back and means nothing: an empty name, a blank at a value's end, an equals sign in a name that is asked
-  const fails = (line: string) =>
-    encode(line).length > MAX_COMMAND_BYTES || /^V.*(,=|[\0- ],)|^G.*(=|,,|,$)/s.test(line);
+  // Asterisk cuts a longer line, and runs the rest of it as the next command. What else reads back and means nothing: an
+  // empty name, a blank at a value's end, an equals sign in a name that is asked
+  const fails = (line: string) => encode(line).length > 1022 || /^V.*(,=|[\0- ],)|^G.*(=|,,|,$)/s.test(line);
   return format(command, COMMANDS, parseCommand, fails);
 }
 
@@ -365,7 +363,7 @@ export function parseVariables(data: string, names: string[]): Record<string, st
 }
 
 // ---------------------------------------------------------------------------------------------------------
-// 3. Lines: bytes to lines
+// 3. Lines: bytes to lines, and what waits
 // ---------------------------------------------------------------------------------------------------------
 
 /** Where bytes come from: a `ReadableStream<Uint8Array>` of any runtime, or as much of one as is used. */
@@ -424,51 +422,65 @@ export interface LinesOptions {
  * ```
  */
 export async function* lines(readable: Source, options?: LinesOptions): AsyncGenerator<string, void, void> {
-  const cutter = new Cutter(options);
+  const backlog = new Backlog(options);
   const reader = readable.getReader();
   try {
-    let chunk: Chunk;
-    do {
+    for (let chunk: Chunk = { done: false }; !chunk.done;) {
       chunk = await reader.read();
       const found: string[] = [];
       try {
-        cutter.cut(chunk, (text, from, to) => found.push(text.slice(from, to)));
+        backlog.split(chunk, (text, from, to) => found.push(text.slice(from, to)));
       } finally {
         yield* found; // those before a line that is too long, as well
       }
-    } while (!chunk.done);
+    }
   } finally {
-    try {
-      await reader.cancel();
-    } catch { /* so be it */ }
+    await reader.cancel().catch(ignore);
   }
 }
 
 /** Gives the value back when it is a number in range. */
 function checkNumber(doing: string, field: string, value: unknown, least: number): number {
-  if (typeof value === "number" && value >= least) return value;
-  return refuse(doing, field, value, `a number from ${least}`);
+  return typeof value === "number" && value >= least ? value : refuse(doing, field, value, `a number from ${least}`);
 }
 
 /** What a source brings: some bytes, or its end. */
 type Chunk = Awaited<ReturnType<ReturnType<Source["getReader"]>["read"]>>;
 
-/** Cuts chunks into lines, and hands on each where it stands in the text of its chunk. */
-class Cutter {
+/** What an event may wait behind: another, or the backlog itself. */
+type Place = Pick<Link, "next">;
+
+/** An event that waits, and its length in characters. */
+type Link = { next: Link | undefined; event: IvrEvent; length: number };
+
+/**
+ * What came and nobody has taken: an unfinished line and, in a session, events in their order. One bound holds for both.
+ *
+ * Adding costs the same however much waits, and so does taking the oldest of a kind: who wants another kind than the
+ * oldest is of goes on where the last one stopped.
+ */
+class Backlog {
   readonly maxBuffer: number;
   rest = ""; // a line whose end is in a later chunk
   overflow?: IvrError; // too much waited
+  length = 0; // of the events, in characters
+  next: Link | undefined; // the oldest
+  #last: Place = this; // the youngest, if any
+  #run: Place = this; // all up to it are of the kind of the oldest: who wants the other one looks behind it
   #decoder?: InstanceType<typeof TextDecoder>; // made with the first bytes: a quiet call costs none
 
   constructor({ maxBuffer = 2 ** 20 }: LinesOptions = {}) {
     this.maxBuffer = checkNumber("read", "maxBuffer", maxBuffer, 1);
   }
 
-  /** Takes the next chunk; the end ends the last line as well, whatever comes with it. Throws where a line is too long. */
-  cut({ done, value }: Chunk, hand: (text: string, from: number, to: number) => void): void {
-    this.#decoder ??= new TextDecoder("utf-8", { fatal: false, ignoreBOM: true }); // the types of Workers ask for both
-    let text = this.#decoder.decode(value, { stream: !done });
-    if (done && /[^\n]$/.test(this.rest + text)) text += "\n";
+  /**
+   * Cuts the next chunk into lines, and hands on each where it stands in the text of its chunk. The end ends the last line
+   * as well, whatever comes with it. Throws where a line is too long.
+   */
+  split({ done, value }: Chunk, hand: (text: string, from: number, to: number) => void): void {
+    // The types of Workers ask for `fatal` as well, the runtimes do not
+    this.#decoder ??= new TextDecoder(undefined, { ignoreBOM: true } as { ignoreBOM: true; fatal: boolean });
+    const text = this.#decoder.decode(value, { stream: !done });
     let from = 0;
     // Only what is new is searched: a long line in small chunks would take for ever
     for (let end; (end = text.indexOf("\n", from)) >= 0; from = end + 1) {
@@ -481,11 +493,39 @@ class Cutter {
     }
     this.rest += text.slice(from);
     this.check(this.rest.length);
+    if (done && this.rest) this.split({ done: false, value: encode("\n") }, hand);
   }
 
   /** Throws when so many are too many. */
-  check(count: number, most = this.maxBuffer, what = "characters"): void {
-    if (count > most) throw this.overflow = new IvrError("overflow", `Cannot keep more than ${most} ${what}`);
+  check(count: number, most = this.maxBuffer): void {
+    if (count > most) throw this.overflow = new IvrError("overflow", `Cannot keep more than ${most} characters`);
+  }
+
+  /** Whether more waits than may wait, or than a part of it. */
+  full(part = 1): boolean {
+    return this.length + this.rest.length > this.maxBuffer * part;
+  }
+
+  add(event: IvrEvent, length: number): void {
+    this.length += length;
+    const link: Link = { next: undefined, event, length };
+    this.#last = this.#last.next = link;
+  }
+
+  /** Takes the oldest event, or the oldest key, or the oldest other one. */
+  take(wanted?: "dtmf" | "other"): IvrEvent | undefined {
+    // Whether what stands behind a place is not wanted
+    const past = (place: Place) => place.next && (place.next.event.type === "dtmf") !== (wanted === "dtmf");
+    let before: Place = wanted && past(this) ? this.#run : this;
+    while (wanted && past(before)) this.#run = before = before.next!;
+    const link = before.next;
+    if (!link) return undefined;
+    before.next = link.next;
+    if (this.#last === link) this.#last = before;
+    if (this.#run === link) this.#run = before;
+    link.next = undefined; // or an old one that is garbage would keep the young ones behind it
+    this.length -= link.length;
+    return link.event;
   }
 }
 
@@ -498,14 +538,17 @@ class Cutter {
 //
 // 1. an answer settles the oldest command that asked for its name, and goes no further; a `Z` fails the oldest command
 //    of all, since commands are carried out in order, and leaves it there until its acknowledgement comes;
-// 2. the layer above sees everything else (`received`);
+// 2. the layer above sees everything else (`seen`);
 // 3. all but the answers, so a `Z` too, wait in the backlog until somebody takes them. Who finds nothing waits in
 //    `until` for anything to change.
 //
-// While something is asked, or we asked for the end, `#timer` wakes Asterisk. Its last words, or a stream that breaks, stop
-// that: then it is known how the call ends (`#ending`), nothing more can be asked (`check`), and the stream of events has
-// a second to end too (`#patience`). The signal tells (`#abort`); with option `i` it does so earlier, and the call goes on.
+// While something is asked, or we asked for the end, `#nextWake` wakes Asterisk. Its last words, or a stream that breaks, stop
+// that: then it is known how the call ends (`#ending`), nothing more can be asked, and the stream of events has a second
+// to end too (`#deadline`). The signal tells (`#abort`); with option `i` it does so earlier, and the call goes on.
 // Every call comes to `#finish`: what waits is settled, and both streams close (`#closing`).
+//
+// Where things go: a command with an answer of its own into `Reply`, `ask` and `#receive`; another way to end into `Ending`,
+// `ask`, `#receive` and `#finish`.
 
 /** Limits of a {@linkcode Session}. */
 export interface SessionOptions extends LinesOptions {
@@ -522,8 +565,9 @@ export interface SessionOptions extends LinesOptions {
 /** How a call ended. */
 export interface Ending {
   /**
-   * Who ended the call: `caller` and `hangup` are the caller's `H` and ours, `exit` is `E`. `disconnect` is a stream that
-   * ended or broke without either, or our `close`. `error` is a limit of the session.
+   * Who ended the call: `caller` and `hangup` are the caller's `H` and ours, `exit` is `E`; a stream that breaks after we
+   * asked for `H` or `E` is as good as the answer. `disconnect` is any other end of the stream, or our `close`. `error` is a
+   * limit of the session.
    */
   by: "caller" | "hangup" | "exit" | "disconnect" | "error";
   /** With `error` the {@linkcode IvrError}; with `disconnect` what broke the stream, if it broke. */
@@ -535,85 +579,25 @@ export type Reply<Command extends IvrCommand> = Command extends { type: "get" } 
   : Command extends { type: "params" } ? string[]
   : void;
 
-/** A command that awaits its answer. */
-interface Asked {
-  /** The variable whose `G` answers; a `P` has none. */
-  name: string | undefined;
-  done: (reply?: unknown) => void;
-  /** Until it was refused. */
-  fail: ((error: IvrError) => void) | undefined;
-}
+/** An event, by fields that some of them have: only answers have `data` or `params`, only `inform` a `message`. */
+type EventFields = { type: string; data?: string; params?: string[]; message?: string; reason?: string | undefined };
 
-/** What an event may wait behind: another, or the backlog itself. */
-type Place = Pick<Link, "next">;
+/** A command that awaits its answer: a `G` of this name, or a `P`, which has none. */
+type Asked = { name: string | undefined; done: (reply?: unknown) => void; fail: (error: IvrError) => void };
 
-/** An event that waits. */
-interface Link {
-  next: Link | undefined;
-  event: IvrEvent;
-  /** In characters. */
-  size: number;
-}
-
-/**
- * What came and nobody has taken, in order; and the cutter with its unfinished line, since one bound holds for both.
- *
- * Adding costs the same however much waits, and so does taking the oldest of a kind: who wants another kind than the
- * oldest is of goes on where the last one stopped.
- */
-class Backlog extends Cutter {
-  size = 0; // in characters
-  next: Link | undefined; // the oldest
-  #last: Place = this; // the youngest, if any
-  #run: Place = this; // all up to it are of the kind of the oldest: who wants the other one looks behind it
-
-  /** Whether more waits than may wait, or than a part of it. */
-  full(part = 1): boolean {
-    return this.size + this.rest.length > this.maxBuffer * part;
-  }
-
-  add(event: IvrEvent, size: number): void {
-    this.size += size;
-    const link: Link = { next: undefined, event, size };
-    this.#last = this.#last.next = link;
-  }
-
-  /** Takes the oldest event, or the oldest key, or the oldest other one. */
-  take(wanted?: "dtmf" | "other"): IvrEvent | undefined {
-    // Whether what stands behind a place is not wanted
-    const past = (place: Place) => place.next && (place.next.event.type === "dtmf") !== (wanted === "dtmf");
-    let before: Place = wanted && past(this) ? this.#run : this;
-    while (wanted && past(before)) this.#run = before = before.next!;
-    const link = before.next;
-    if (!link) return undefined;
-    before.next = link.next;
-    if (this.#last === link) this.#last = before;
-    if (this.#run === link) this.#run = before;
-    link.next = undefined; // or an old one that is garbage would keep the young ones behind it
-    this.size -= link.size;
-    return link.event;
-  }
-}
-
-/** How long Asterisk's last words, or ours, may take: milliseconds. */
+/** How long a stream may take to end behind the last words: milliseconds. */
 const GRACE = 1000;
 
-/** How many commands may await their answers: some 10 MB. */
-const MAX_ASKED = 20_000;
-
-/** How many characters may wait to be written. */
-const MAX_OUT = 2 ** 20;
+/** How many characters of commands may wait to be written, a command that awaits its answer counted as fifty. */
+const MAX_OUT = 1_000_000;
 
 /**
- * A part of what may wait. When more does, reading gives who iterates a moment, since what waits for long costs more to
- * keep; and where nobody iterates, what a promise has told already is let go.
+ * A part of what may wait. When more does, reading lets loops catch up first, since what waits for long costs a collector
+ * more; and where there is no loop, an event that a promise has told is not added.
  */
 const AHEAD = 1 / 16;
 
-const over = (cause?: unknown): IvrError => new IvrError("ended", "The call is over", { cause });
-
-const refused = (reason: string | undefined): IvrError =>
-  new IvrError("refused", `Asterisk refused: ${reason ?? "channel not up"}`, { reason });
+const over = (cause?: unknown): IvrError => new IvrError("ended", "The call ended", { cause });
 
 type Timer = ReturnType<typeof setTimeout> | undefined; // `clearTimeout(timer!)`: the types of Workers take no undefined
 
@@ -625,31 +609,16 @@ function later(run: () => void, ms: number): Timer {
   return timer;
 }
 
-/** What is known at once, a turn of the event loop later: who asks for it again and again stops nobody else. */
-const turn = <T>(known?: T): Promise<T> => new Promise((resolve) => setTimeout(resolve, 0, known as T));
+/** A turn of the event loop. What is known at once takes one, so that a loop around it lets others run. */
+const turn = (): Promise<void> => new Promise((resolve) => setTimeout(resolve));
 
 const ignore = (): void => {};
 
-/** A promise that nobody has to await: its rejection is never an unhandled one. */
+/** A promise that nobody has to await: no rejection of it is unhandled, and each comes a turn later. */
 function quiet<T>(promise: Promise<T>): Promise<T> {
+  promise = promise.catch((error) => turn().then(() => Promise.reject(error)));
   promise.catch(ignore);
   return promise;
-}
-
-/**
- * A promise that nobody has to await. What `run` throws rejects it a turn of the event loop later: who tries again and
- * again, whatever comes, does not stop the process.
- */
-function promised<T>(run: ConstructorParameters<typeof Promise<T>>[0]): Promise<T> {
-  return quiet(
-    new Promise((resolve, reject) => {
-      try {
-        run(resolve, reject);
-      } catch (error) {
-        turn(error).then(reject);
-      }
-    }),
-  );
 }
 
 /**
@@ -688,20 +657,19 @@ export class Session {
 
   // What came
   #loops = 0; // iterators that nobody has left
-  #changed?: Promise<void> | undefined; // there while somebody waits for anything to change
-  #resolve?: () => void; // settles it
+  #waiting: (() => void)[] = []; // who looks again when anything has changed, the oldest first
   #keepAlive: number;
 
   // What went out
   #out = ""; // with the next write
-  #written: Promise<void> = Promise.resolve(); // the writes before
+  #written?: Promise<void>; // the writes before
   #asked: Asked[] = []; // in order
   #count = 0; // of acknowledgements asked for
-  #timer: Timer; // the next wake-up
+  #nextWake: Timer; // the next wake-up
 
   // The end
   #leaving?: "hangup" | "exit"; // what we asked for
-  #patience: Timer; // how long we wait for a sign of life, for the end of the stream, for our streams to close
+  #deadline: Timer; // how long we wait for a sign of life, for the end of the stream, for our streams to close
   #abort = new AbortController(); // tells that the caller is gone; with option `i` the call goes on
   #ending?: Ending | undefined; // as soon as it is known
   #closed?: Promise<Ending>;
@@ -741,10 +709,10 @@ export class Session {
 
   /**
    * Sends a command. The promise brings the {@linkcode Reply} of a `get` or `params`, which the iterator does not see.
-   * That of `hangup` and `exit` resolves when the stream has ended, whoever ended it; only the first of them is sent.
+   * That of `hangup` and `exit` resolves when the call is over, whoever ended it; only the first of them is sent.
    */
   send<Command extends IvrCommand>(command: Command): Promise<Reply<Command>> {
-    return promised((resolve, reject) => this.ask(command, resolve as (reply: unknown) => void, reject));
+    return quiet(new Promise((resolve, reject) => this.ask(command, resolve as (reply: unknown) => void, reject)));
   }
 
   /**
@@ -763,26 +731,22 @@ export class Session {
   [Symbol.asyncIterator](): AsyncIterableIterator<IvrEvent, undefined> {
     type Result = IteratorResult<IvrEvent, undefined>;
     let left = false;
-    let waits = 0;
-    let last: Promise<Result>;
     this.#loops++;
     const wait = async (): Promise<Result> => {
-      if (waits++) await last.catch(ignore); // who asked first gets the first one: it may be awake and not have looked yet
       let value: IvrEvent | undefined;
       await this.until(() => left || (value = this.take()));
-      waits--;
       if (!value && !left && this.#ending!.by === "error") throw this.#ending!.error;
       return { value, done: !value } as Result;
     };
     const iterator: AsyncIterableIterator<IvrEvent, undefined> = {
       next: () => {
-        const value = left || waits ? undefined : this.take(); // here as well: most often one waits, and `until` costs more
-        return value ? Promise.resolve({ value, done: false }) : last = quiet(wait());
+        const value = left ? undefined : this.take(); // here as well: most often one waits, and `until` costs more
+        return value ? Promise.resolve({ value, done: false }) : quiet(wait());
       },
       return: () => {
         if (!left) this.#loops--;
         left = true;
-        this.change();
+        this.notify();
         return iterator.next();
       },
       [Symbol.asyncIterator]: () => iterator,
@@ -793,7 +757,7 @@ export class Session {
   /** Takes the oldest event that waits, or the oldest key, or the oldest that is none: nobody else will see it. */
   protected take(wanted?: "dtmf" | "other"): IvrEvent | undefined {
     const event = this.#backlog.take(wanted);
-    if (event && !this.#backlog.size) this.change(); // reading may wait for it
+    if (event && !this.#backlog.length) this.notify(); // reading may wait for it
     return event;
   }
 
@@ -801,34 +765,33 @@ export class Session {
    * Looks now, and again whenever anything has changed, until something is found. When the time has passed, or the call is
    * over, it looks once more, a turn of the event loop later: who asks again and again does not stop the process.
    */
-  protected async until<Found>(look: () => Found | undefined, ms: number = Infinity): Promise<Found | undefined> {
-    let late = false;
-    const timer = later(() => (late = true, this.change()), ms);
-    let found: Found | undefined;
-    while (!(found = look()) && !late && !this.#closing) {
-      await (this.#changed ??= new Promise((resolve) => this.#resolve = resolve));
-    }
-    clearTimeout(timer!);
-    return found || turn().then(look);
+  protected until<Found>(look: () => Found | undefined, ms: number = Infinity): Promise<Found | undefined> {
+    return new Promise((resolve) => {
+      let late = false;
+      const timer = later(() => (late = true, this.notify()), ms);
+      const again = (): void => {
+        const found = look();
+        if (found || late || this.#closing) {
+          clearTimeout(timer!);
+          resolve(found || turn().then(look));
+        } else this.#waiting.push(again);
+      };
+      again();
+    });
   }
 
   /** Lets everybody who waits in {@linkcode Session.until} look again. */
-  protected change(): void {
-    if (!this.#changed) return;
-    this.#changed = undefined;
-    this.#resolve!();
-  }
-
-  /** Throws when the call is over: Asterisk reads nothing behind its last words. */
-  protected check(): void {
-    if (this.#ending) throw over();
+  protected notify(): void {
+    const waiting = this.#waiting;
+    this.#waiting = [];
+    for (const again of waiting) again(); // who finds nothing waits again
   }
 
   /**
    * Sees each event as it comes, before anybody can take it: all but answers, `failed`, and a line without its newline.
-   * Returns whether a promise tells of it already.
+   * Returns something when a promise tells of it already.
    */
-  protected received?(event: IvrEvent): boolean;
+  protected seen?(event: IvrEvent): unknown;
 
   /**
    * Sends a command, as `send` does: `done` or `fail` is called as soon as it is known what became of it, before anything
@@ -836,16 +799,16 @@ export class Session {
    * was wrong with the command, or that the call is over.
    */
   protected ask(command: IvrCommand, done: (reply?: unknown) => void, fail: (error: IvrError) => void): void {
-    const { type } = command;
+    const { type, names }: { type: string; names?: string[] } = command;
     let text = formatCommand(command);
     if (type === "hangup" || type === "exit") {
-      this.closed.then(() => setTimeout(done)); // who asks again and again does not stop the process
+      this.until(ignore).then(done); // a turn of the event loop later: who asks again and again does not stop the process
       if (this.#leaving || this.#ending) return;
       this.#leaving = type;
     } else {
-      this.check();
+      if (this.#ending) throw over(); // Asterisk reads nothing behind its last words
       const asks = type === "get" || type === "params";
-      const name = type === "get" ? command.names[0] : asks ? undefined : `EIVR_ACK_${++this.#count}`;
+      const name = asks ? names?.[0] : `EIVR_ACK_${++this.#count}`;
       if (!asks) text += `G,${name}\n`;
       this.#asked.push({ name, fail, done: asks ? done : () => done() });
     }
@@ -854,9 +817,13 @@ export class Session {
 
   async #read(): Promise<void> {
     try {
+      let length: number | undefined;
       do {
         this.#probe(); // anew each time: silence counts only while we read
-        if (this.#backlog.full(this.#loops ? AHEAD : 1)) await this.#moment();
+        // Loops are given a moment to take what waits. Too much is too much only when none of it was taken
+        if (this.#backlog.full(this.#loops ? AHEAD : 1)) await this.until(() => !this.#backlog.length, 0);
+        if (this.#backlog.length === length) this.#backlog.check(length + this.#backlog.rest.length);
+        length = this.#backlog.length;
       } while (this.#backlog.full() || this.#hear(await this.#reader.read()));
     } catch (error) {
       await undefined; // a source that throws at once does so before the layer above is made
@@ -867,99 +834,90 @@ export class Session {
 
   /** Takes what a chunk brings, and tells whether there may be more. Apart from `#read`, which would keep the chunk. */
   #hear(chunk: Chunk): boolean {
-    this.#backlog.cut(chunk, (text, from, to) => this.#receive(eventIn(text, from, to), to - from + 1, chunk.done));
-    this.change();
-    this.#backlog.check(this.#asked.length, MAX_ASKED, "unanswered commands");
-    this.#backlog.check(this.#out.length, MAX_OUT);
+    this.#backlog.split(chunk, (text, from, to) => this.#receive(eventIn(text, from, to), to - from + 1, chunk.done));
+    this.notify();
+    this.#backlog.check(this.#out.length + 50 * this.#asked.length, MAX_OUT);
     return !chunk.done && !this.#closing;
-  }
-
-  /** Gives who iterates a moment to take some events; fails where too many wait and none was taken. */
-  async #moment(): Promise<void> {
-    const { size } = this.#backlog;
-    await this.until(() => !this.#backlog.size, 0); // an event may take a turn or two
-    if (this.#backlog.size === size) this.#backlog.check(size + this.#backlog.rest.length);
   }
 
   /** Asks for a sign of life after a silence, and ends the call after another. */
   #probe(): void {
     if (this.#keepAlive === Infinity || this.#ending) return;
-    this.#wait(this.#keepAlive, () => {
+    this.#within(this.#keepAlive, () => {
       this.send({ type: "unknown", line: "" }); // for its acknowledgement
-      this.#wait(this.#keepAlive, () => this.close());
+      this.#within(this.#keepAlive, () => this.close());
     });
   }
 
-  /** Loses patience after so long, unless something else is waited for meanwhile. */
-  #wait(ms: number, then: () => void): void {
-    clearTimeout(this.#patience!);
-    this.#patience = later(then, ms);
+  /** Does something after so long, unless it is put off meanwhile, by another deadline. */
+  #within(ms: number, then: () => void): void {
+    clearTimeout(this.#deadline!);
+    this.#deadline = later(then, ms);
   }
 
   /** Puts an event where it belongs. */
-  #receive(event: IvrEvent, size: number, unfinished: boolean): void {
-    const { type } = event;
-    let told: boolean | undefined;
+  #receive(event: IvrEvent, length: number, unfinished: boolean): void {
+    const { type, data, message, params, reason }: EventFields = event;
+    let told: unknown;
     if (this.#closing) return; // it was on its way when we closed
     // What stands behind the last newline may be incomplete: it may end the call, but it answers nothing
     if (!unfinished) {
-      if (type === "variables" && this.#answered(event.data, event.data.split("=", 1)[0])) return;
-      if (type === "params" && this.#answered(event.params)) return;
+      const reply = data ?? params;
+      if (reply) {
+        const name = data?.split("=", 1)[0];
+        const at = this.#asked.findIndex((asked) => asked.name === name);
+        if (at >= 0) {
+          this.#asked.splice(at, 1)[0]!.done(reply);
+          return this.#wake();
+        }
+      }
       if (type === "failed") {
         const [asked] = this.#asked;
-        told = !!asked?.fail;
-        asked?.fail?.(refused(event.reason));
-        if (asked) asked.fail = undefined; // what else comes before its acknowledgement is nobody's
-      } else told = this.received?.(event);
+        told = asked && asked.fail !== ignore;
+        if (told) asked!.fail(new IvrError("refused", `Asterisk refused: ${reason ?? "channel not up"}`, { reason }));
+        if (asked) asked.fail = ignore; // what else comes before its acknowledgement is nobody's
+      } else told = this.seen?.(event);
     }
     if (told && !this.#loops && this.#backlog.full(AHEAD)) return; // nobody wants it
-    this.#backlog.add(event, size);
+    this.#backlog.add(event, length);
     if (type === "hangup" || type === "exit") {
       if (this.#ending?.error) this.#ending = undefined; // writing broke, and who ended the call was a guess
       this.#end({ by: type === "exit" || type === this.#leaving ? type : "caller" });
     }
-    if (type === "inform" && event.message === "HANGUP") {
+    if (message === "HANGUP") {
       this.#abort.abort(over());
-      this.change(); // what stands behind it in its chunk comes too late for a prompt
+      this.notify(); // what stands behind it in its chunk comes too late for a prompt
     }
-  }
-
-  /** Settles the oldest command that asked for this name, or for none. Tells whether there was one. */
-  #answered(reply: unknown, name?: string): boolean {
-    const at = this.#asked.findIndex((asked) => asked.name === name);
-    if (at < 0) return false;
-    this.#asked.splice(at, 1)[0]!.done(reply);
-    this.#wake();
-    return true;
   }
 
   /** Writes in one go what is asked without a pause between, or while the write before takes its time. A wake-up follows. */
   #write(text: string, delay?: number): void {
     this.#wake(delay);
     this.#out += text;
-    this.#written = this.#written.then(() => {
-      [text, this.#out] = [this.#out, ""];
-      return text ? this.#writer.write(encode(text)) : undefined;
+    this.#written = Promise.resolve(this.#written).then(async () => {
+      text = this.#out;
+      this.#out = "";
+      if (text) await this.#writer.write(encode(text));
     }); // behind a write that broke there is no other
-    // Asterisk's last words may still come
+    // Not `close`: Asterisk's last words may still come
     this.#written.catch((error) => this.#end({ by: "disconnect", error: error || over() }));
   }
 
   /** Wakes Asterisk while something is awaited: a millisecond after a command or an answer, then ever more slowly. */
   #wake(delay = 1): void {
-    clearTimeout(this.#timer!);
+    clearTimeout(this.#nextWake!);
     if (this.#ending || !this.#asked[0] && !this.#leaving) return;
-    this.#timer = later(() => this.#write("\n", Math.min(delay * 2, 1000)), delay);
+    this.#nextWake = later(() => this.#write("\n", Math.min(delay * 2, 1000)), delay);
   }
 
   /** How the call ends is known: if the stream of events does not end by itself, we end it. */
   #end(ending: Ending): void {
     if (this.#ending) return;
     this.#ending = ending;
-    this.#wait(GRACE, () => this.close());
-    this.#wake(); // no more
+    this.#within(GRACE, () => this.close());
+    this.#wake(); // not any more
     this.#abort.abort(over());
-    this.change();
+    this.notify();
   }
 
   /**
@@ -968,23 +926,23 @@ export class Session {
    */
   async #finish(): Promise<void> {
     const { error } = this.#ending!;
-    if (error && error === this.#backlog.overflow) this.#ending!.by = "error"; // and no stream's that broke
+    if (error && error === this.#backlog.overflow) this.#ending!.by = "error"; // not a stream that broke with one
     // A reset after our own H or E is Asterisk closing with our wake-ups unread
     else if (error && this.#leaving) this.#ending = { by: this.#leaving };
     const ended = over(error);
-    for (const { fail } of this.#asked) fail?.(ended);
-    this.change();
-    const grace = new Promise<void>((resolve) => this.#wait(GRACE, resolve));
+    for (const { fail } of this.#asked) fail(ended);
+    const grace = new Promise<void>((resolve) => this.#within(GRACE, resolve));
     // A socket that ends by itself, as Node's do, is to do so first: Deno fails when both close it in one turn
-    await turn()
-      .then(() => error || Promise.race([grace, this.#written.then(() => this.#writer.close())]))
-      .catch(ignore)
-      // Nothing to do for one that has closed; what did not go out in time never does
-      .then(() => (this.#out = "", Promise.race([grace, this.#writer.abort(error)])))
-      .catch(ignore)
-      .then(() => Promise.race([grace, this.#reader.cancel()]))
-      .catch(ignore);
-    clearTimeout(this.#patience!);
+    await turn();
+    this.notify();
+    if (!error) {
+      await Promise.race([grace, Promise.resolve(this.#written).then(() => this.#writer.close())]).catch(ignore);
+    }
+    this.#out = ""; // what did not go out in time never does
+    // In a `then`, since a stream of any make may throw at once
+    await Promise.race([grace, this.closed.then(() => this.#writer.abort(error))]).catch(ignore);
+    await Promise.race([grace, this.closed.then(() => this.#reader.cancel())]).catch(ignore);
+    clearTimeout(this.#deadline!);
   }
 }
 
@@ -1033,13 +991,6 @@ export interface GatherOptions {
    */
   interDigitTimeout?: number | undefined;
   /**
-   * Milliseconds that the prompts may take; then they are stopped and count as over. Asterisk does not tell when it could
-   * not open the last one, so nothing else may ever end them. The default is five minutes.
-   *
-   * @default 300000
-   */
-  promptTimeout?: number | undefined;
-  /**
    * Whether the first key interrupts the prompts, and a key that waits already skips them. The default is `true`.
    *
    * @default true
@@ -1063,24 +1014,20 @@ export interface Gathered {
   reason: "maxDigits" | "terminator" | "timeout" | "hangup" | "aborted";
   /** The key that ended it, if one did. */
   terminator?: Digit;
-  /** What became of each prompt, in order. Empty when none was queued: a key waited already, or `signal` was aborted. */
+  /** What became of each prompt, in order. Empty when none was queued: a key skipped them, or `signal` was aborted. */
   outcomes: Outcome[];
 }
 
-/** What is in Asterisk's playlist, as far as we know: a file and who wants to know of it, or an `I` that clears it. */
+/** What is in Asterisk's playlist, as far as we know: a file and who wants to know of it, or an `I` that clears what stands before. */
 type Prompt = { file: string | undefined; tell: ((outcome: Outcome) => void) | undefined };
 
-/** A line of any text as messages that fit: no control characters, no halves of characters, no blanks at their ends. */
+/**
+ * A line of any text as messages that fit, since no character takes more than four bytes: no control characters, no halves
+ * of characters, no blanks at their ends.
+ */
 function messages(line: unknown): string[] {
-  const room = new Uint8Array(MAX_COMMAND_BYTES - "L,".length);
-  const pieces: string[] = [];
-  for (let rest = String(line).replace(/\p{Cc}/gu, " ").replace(/\p{Cs}/gu, "?"); rest;) {
-    const { read } = new TextEncoder().encodeInto(rest, room); // whole characters, as many as fit
-    const piece = rest.slice(0, read).trimEnd();
-    if (piece) pieces.push(piece);
-    rest = rest.slice(read);
-  }
-  return pieces;
+  const text = String(line).replace(/\p{Cc}/gu, " ").replace(/\p{Cs}/gu, "?");
+  return text.split(/([ -~]{255,1020}|.{255})/su).map((piece) => piece.trimEnd()).filter(Boolean);
 }
 
 /**
@@ -1093,7 +1040,7 @@ function messages(line: unknown): string[] {
  * What is under way when the call ends settles with that: `play` and `queue` resolve with `ended`, `gather` with
  * `hangup`, the others reject with `ended`. Whatever is asked for behind `H`, `E` or the end of the stream rejects with
  * `ended`. `hangup` and `exit` resolve in either case. With the dialplan's option `i` the call goes on without its caller:
- * then `gather` alone rejects, and Asterisk refuses what plays.
+ * then `gather` alone rejects, and `play` and `queue` resolve with `refused` or `ended`, whichever is known first.
  *
  * Each method rejects with an {@linkcode IvrError}: `invalid` before anything is sent, `refused` when Asterisk answers `Z` (but
  * `play` and `queue`, whose outcome says so), `ended`; `get` with `truncated`, too.
@@ -1103,19 +1050,19 @@ export class Ivr extends Session {
   #gathering?: "other" | undefined; // set while keys are gathered: what the iterators may take meanwhile
 
   /** Once the caller is gone nobody hears what waits in the playlist. */
-  protected override change(): void {
+  protected override notify(): void {
     if (this.signal.aborted) this.#tell("ended");
-    super.change();
+    super.notify();
   }
 
   /** Clears the playlist, plays the file, and resolves with what became of it. */
   play(file: string): Promise<Outcome> {
-    return promised((resolve) => this.ask({ type: "play", file }, ignore, ignore, resolve));
+    return quiet(new Promise((resolve) => this.ask({ type: "play", file }, ignore, ignore, resolve)));
   }
 
   /** Plays the file after what waits in the playlist, and resolves with what became of it. */
   queue(file: string): Promise<Outcome> {
-    return promised((resolve) => this.ask({ type: "queue", file }, ignore, ignore, resolve));
+    return quiet(new Promise((resolve) => this.ask({ type: "queue", file }, ignore, ignore, resolve)));
   }
 
   /** Stops what plays and clears the playlist. Asterisk has it from version 11 on. */
@@ -1150,12 +1097,13 @@ export class Ivr extends Session {
     return this.send({ type: "dtmf", digits, ...options });
   }
 
-  /** Writes any text to Asterisk's log: each line by itself, a long one in pieces, control characters as blanks. */
+  /**
+   * Writes any text to Asterisk's log: each line by itself, control characters as blanks, and a long line in pieces of 1020
+   * characters of ASCII, or of 255 of any others, which fit whatever they take.
+   */
   log(text: string): Promise<void> {
-    return this.#all(
-      String(text).split(/[\r\n]/).flatMap(messages).map((message) => ({ type: "log", message })),
-      ignore,
-    );
+    const pieces = String(text).split(/[\r\n]/).flatMap(messages);
+    return quiet(this.#all(pieces.map((message) => ({ type: "log", message }))).then(ignore));
   }
 
   /**
@@ -1166,12 +1114,14 @@ export class Ivr extends Session {
    * 2046, since a comma at the cut is lost as well.
    */
   get(...names: string[]): Promise<Record<string, string>> {
-    return this.#all(names.map((name) => ({ type: "get", names: [name] })), (replies) => {
-      const partial = variablesIn(replies);
-      const cut = names.find((name) => encode(name + partial[name]).length >= 2045); // and an equals sign
-      if (cut) throw new IvrError("truncated", `Cannot get more than 2047 bytes of ${cut}`, { partial });
-      return partial;
-    });
+    return quiet(
+      this.#all(names.map((name) => ({ type: "get", names: [name] }))).then((replies) => {
+        const partial = variablesIn(replies);
+        const cut = names.find((name) => encode(name + partial[name]).length >= 2045); // and an equals sign
+        if (cut) throw new IvrError("truncated", `Cannot get more than 2047 bytes of ${cut}`, { partial });
+        return partial;
+      }),
+    );
   }
 
   /**
@@ -1183,8 +1133,8 @@ export class Ivr extends Session {
   }
 
   /**
-   * Ends the call with a message for the log: any text, on one line, cut to what fits. Resolves when the stream has ended,
-   * whoever ended it.
+   * Ends the call with a message for the log: any text, on one line, cut to what fits as in {@linkcode Ivr.log}. Resolves
+   * when the stream has ended, whoever ended it.
    */
   hangup(text = ""): Promise<void> {
     return this.send({ type: "hangup", message: messages(text)[0] });
@@ -1197,7 +1147,9 @@ export class Ivr extends Session {
 
   /**
    * Plays prompts and collects keys until `maxDigits`, a terminator, a pause, or the end of the call, and resolves with
-   * what was collected so far in every case. A key past the end waits for whoever comes next.
+   * what was collected so far in every case. A key past the end waits for whoever comes next. Prompts that take more than
+   * five minutes are stopped and count as over: Asterisk does not tell when it could not open the last one, so nothing else
+   * might ever end them.
    *
    * Rejects with `invalid` for options out of range, for a prompt that `queue` would refuse, and when another `gather` is
    * under way; with `ended` when the caller is gone before it begins.
@@ -1215,34 +1167,27 @@ export class Ivr extends Session {
    * ```
    */
   gather(options: GatherOptions = {}): Promise<Gathered> {
-    return promised((resolve, reject) => this.#gather(options).then(resolve, (error) => turn(error).then(reject)));
+    return quiet(this.#gather(options));
   }
 
   async #gather(options: GatherOptions): Promise<Gathered> {
     const { prompt = [], maxDigits = Infinity, terminators = "#", bargeIn = true, flush, signal } = options;
-    const { timeout = 5000, interDigitTimeout = timeout, promptTimeout = 300_000 } = options;
-    let files = [prompt].flat();
+    const { timeout = 5000, interDigitTimeout = timeout } = options;
+    const files = [prompt].flat();
     checkNumber("gather", "timeout", timeout, 0);
     checkNumber("gather", "interDigitTimeout", interDigitTimeout, 0);
-    checkNumber("gather", "promptTimeout", promptTimeout, 0);
     checkNumber("gather", "maxDigits", maxDigits, 1);
     if (maxDigits % 1) refuse("gather", "maxDigits", maxDigits, "a whole number");
     if (!/^[\dA-D*#]*$/.test(terminators)) refuse("gather", "terminators", terminators, "keys 0-9 * # A-D");
-    for (const file of files) {
-      try {
-        formatCommand({ type: "queue", file });
-      } catch {
-        refuse("gather", "prompt", file);
-      }
-    }
-    if (this.#gathering) refuse("gather", "gather", options, "the only one");
+    for (const file of files) formatCommand({ type: "queue", file });
     if (this.signal.aborted) throw over();
+    if (this.#gathering) refuse("gather", "gather", options, "the only one");
 
     let digits = "";
     let end: Pick<Gathered, "reason" | "terminator"> | undefined;
-    const outcomes: Outcome[] = [];
-    const told = () => files.every((_, i) => outcomes[i]);
-    const change = () => this.change();
+    let queued: Promise<Outcome[] | void> = turn();
+    let played = false;
+    const notify = () => this.notify();
     const early = (): typeof end =>
       this.signal.aborted ? { reason: "hangup" } : signal?.aborted ? { reason: "aborted" } : undefined;
     const collect = () => {
@@ -1252,30 +1197,28 @@ export class Ivr extends Session {
       else if ((digits += key).length === maxDigits) end = { reason: "maxDigits" };
       return key;
     };
-    const skip = bargeIn ? collect : early; // what cuts the prompts short
+    const cut = bargeIn ? collect : early; // what cuts the prompts short
 
     while (flush && this.take("dtmf"));
     end = early();
-    if (end) return turn({ digits, ...end, outcomes });
-    signal?.addEventListener("abort", change);
+    signal?.addEventListener("abort", notify);
     this.#gathering = "other";
     try {
-      if (skip()) files = []; // a key that waits already
-      files.forEach((file, i) =>
-        this.ask({ type: "queue", file }, ignore, ignore, (outcome) => outcomes[i] ??= outcome)
-      );
-      await this.until(() => told() || skip(), promptTimeout);
-      if (!told()) this.interrupt();
-
+      if (!end && !cut()) { // no key waits already
+        queued = Promise.all(files.map((file) => this.queue(file)));
+        queued.then(() => (played = true, notify()));
+        await this.until(() => played || cut(), 300_000);
+        if (!early()) await turn(); // a key that comes in one chunk with the end of the last prompt interrupts nothing
+        if (!played) this.interrupt();
+      }
       while (!end) {
         if (!await this.until(collect, digits ? interDigitTimeout : timeout)) end = { reason: "timeout" };
       }
-      await this.until(told);
-      return { digits, ...end, outcomes };
+      return queued.then((outcomes) => ({ digits, ...end!, outcomes: outcomes ?? [] }));
     } finally {
-      signal?.removeEventListener("abort", change);
+      signal?.removeEventListener("abort", notify);
       this.#gathering = undefined;
-      this.change(); // the keys that are left are for the iterators
+      this.notify(); // the keys that are left are for the iterators
     }
   }
 
@@ -1284,17 +1227,17 @@ export class Ivr extends Session {
     return super.take(wanted);
   }
 
-  /** Sends all of them, or none when one is wrong, and makes a result of their replies. */
-  #all<Result>(commands: IvrCommand[], result: (replies: string[]) => Result): Promise<Result> {
-    return promised((resolve) => {
-      commands.forEach(formatCommand);
-      this.check();
-      const sent = commands.map((command) => this.send(command) as Promise<string>);
-      resolve((sent.length ? Promise.all(sent) : turn([])).then(result));
-    });
+  /** Sends all of them, or none when one is wrong, and brings their replies, if they have any. */
+  async #all(commands: IvrCommand[]): Promise<string[]> {
+    commands.forEach(formatCommand);
+    if (!commands[0]) await this.send({ type: "unknown", line: "" }); // nothing, and its acknowledgement
+    return Promise.all(commands.map((command) => this.send(command) as Promise<string>));
   }
 
-  /** Follows what a command does to the playlist. It may tell more than once what became of a prompt: the first is true. */
+  /**
+   * Follows what a command does to the playlist: one with a file joins it, `S` and `I` clear it. It may tell more than once
+   * what became of a prompt: the first is true.
+   */
   protected override ask(
     command: IvrCommand,
     done: (reply?: unknown) => void,
@@ -1307,26 +1250,28 @@ export class Ivr extends Session {
     super.ask(command, () => {
       // `S` and `I` clear: what is still before them was skipped. A refused one has left the playlist, and clears nothing
       if (type !== "queue") this.#tell("skipped", this.#playlist.indexOf(prompt));
-      if (this.signal.aborted) tell?.("ended");
       done();
     }, (error) => {
       this.#playlist.splice(this.#playlist.indexOf(prompt) >>> 0, 1); // -1 is past the end
       tell?.(error.reason ? "missing" : error.code as Outcome);
       fail(error);
     });
-    if (!this.signal.aborted) this.#playlist.push(prompt); // with option `i` nobody is left to hear a later one
+    this.#playlist.push(prompt);
   }
 
-  /** Follows the playlist. What should have left it before a file that did, and did not say so, was skipped. */
-  protected override received(event: IvrEvent): boolean {
+  /**
+   * Follows the playlist: events with a file are named as an {@linkcode Outcome} is. What should have left it before a file
+   * that did, and did not say so, was skipped.
+   */
+  protected override seen(event: IvrEvent): unknown {
     const { type, file }: { type: string; file?: string } = event;
-    if (!file && type !== "interrupted") return false;
+    if (!file && type !== "interrupted") return undefined;
     const at = this.#playlist.findIndex((prompt) => prompt.file && (!file || file === prompt.file));
     const prompt = this.#playlist[at];
-    if (!prompt) return false;
+    if (!prompt) return undefined;
     this.#tell("skipped", at);
     this.#tell(type as Outcome, 1);
-    return !!prompt.tell;
+    return prompt.tell;
   }
 
   /** Tells what became of the first files of the playlist. */
@@ -1367,14 +1312,9 @@ export async function answer(
   try {
     await handler(ivr);
   } catch (error) {
-    const { code, reason } = error instanceof IvrError ? error : {} as Partial<IvrError>;
-    const unexplained = code === "refused" && !reason;
-    if (unexplained) { // is it the hangup? Its `H` comes before any answer
-      let timer: Timer;
-      await Promise.race([ivr.params(), new Promise<void>((resolve) => timer = later(resolve, GRACE))]).catch(ignore);
-      clearTimeout(timer!);
-    }
-    if (!ivr.signal.aborted || code !== "ended" && Object(error).name !== "AbortError" && !unexplained) throw error;
+    const kind = error instanceof IvrError && !error.reason ? error.code : (error as Error)?.name;
+    if (kind === "refused") await ivr.params().catch(ignore); // is it the hangup? Its `H` comes before any answer
+    if (!ivr.signal.aborted || !["refused", "ended", "AbortError"].includes(kind)) throw error;
   } finally {
     await ivr.close();
   }

@@ -252,7 +252,8 @@ async function inTime(
   clock: VirtualClock = new VirtualClock(),
 ): Promise<void> {
   let done = false;
-  const running = clock.run(() => body(() => clock.now() / 1e6));
+  // What nobody awaits rejects a turn later
+  const running = clock.run(() => body(() => clock.now() / 1e6).then(() => pause()));
   running.catch(() => {}).then(() => done = true);
   for (await clock.settle(); !done; await clock.settle()) {
     assert.ok(clock.pending && clock.now() < 3600e6, "nothing more can happen");
@@ -784,8 +785,7 @@ const INVALID: [field: string, doing: string, call: (ivr: Ivr) => Promise<unknow
   ["timeout", "gather", (ivr) => ivr.gather({ timeout: NaN })],
   ["timeout", "gather", (ivr) => ivr.gather({ timeout: "5" as never })],
   ["interDigitTimeout", "gather", (ivr) => ivr.gather({ interDigitTimeout: -1 })],
-  ["promptTimeout", "gather", (ivr) => ivr.gather({ promptTimeout: null as never })],
-  ["prompt", "gather", (ivr) => ivr.gather({ prompt: ["good", "bad\n"] })],
+  ["file", "send queue", (ivr) => ivr.gather({ prompt: ["good", "bad\n"] })],
 ];
 
 test("session: bad input rejects before a byte is sent, and nobody has to look", async () => {
@@ -847,9 +847,12 @@ test("session: a get asks one name a line, all at once, and takes its replies by
   assert.deepEqual(await next(host.session), { type: "variables", timestamp: 1, data: "OTHER=3" });
 });
 
-test("session: a get of no names has nothing to wait for", async () => {
+test("session: where there is nothing to send Asterisk is asked all the same", async () => {
   await using host = playHost();
-  assert.deepEqual(await host.session.get(), {});
+  const { session } = host;
+  const nothing = Promise.all([session.get(), session.log(""), session.log("\n \0")]);
+  for (let i = 0; i < 3; i++) host.say(unset(await host.hears()));
+  assert.deepEqual(await nothing, [{}, undefined, undefined]);
 });
 
 test("session: a get or params that was sent has its reply with its promise, and nobody else", async () => {
@@ -1583,6 +1586,14 @@ test("gather: one that was aborted before it began, or that could not begin, lea
   assert.deepEqual(await host.session.gather({ maxDigits: 2 }), collected("23", "maxDigits"));
 });
 
+test("gather: behind the end it rejects with that, though another has not settled yet", async () => {
+  await using host = playHost();
+  const under = host.session.gather({ prompt: "a" });
+  host.session.close();
+  await assert.rejects(host.session.gather(), code("ended"));
+  assert.deepEqual(await under, collected("", "hangup", "ended"));
+});
+
 test("gather: a key behind the end of the prompts interrupts nothing", async () => {
   await using host = playHost();
   const gathering = host.session.gather({ prompt: "a", maxDigits: 1 });
@@ -1713,19 +1724,13 @@ test("answer: a command that was asked behind the one with which writing broke i
   assert.deepEqual(await call, { by: "disconnect", error: broken });
 });
 
-test("answer: a handler that was refused ends its call within a second, though the host says nothing that matters more", () =>
+test("answer: a refusal behind which the host says nothing more is the end of the call, when keepAlive tells", () =>
   inTime(async (seconds) => {
-    for (const says of ["", "1,1\n"]) {
-      const { readable, writable } = new TransformStream<Uint8Array, Uint8Array>();
-      const writer = writable.getWriter();
-      const began = seconds();
-      const call = answer({ readable, writable: new WritableStream() }, (ivr) => ivr.interrupt());
-      const talking = setInterval(() => says && writer.write(utf8(says)), 300);
-      writer.write(utf8("Z,1\n"));
-      await assert.rejects(call, code("refused"));
-      clearInterval(talking);
-      assertNear(seconds() - began, 1, 0.1);
-    }
+    const { readable, writable } = new TransformStream<Uint8Array, Uint8Array>();
+    const call = answer({ readable, writable: new WritableStream() }, (ivr) => ivr.interrupt(), { keepAlive: 5000 });
+    writable.getWriter().write(utf8("Z,1\n"));
+    assert.deepEqual(await call, { by: "disconnect" });
+    assertNear(seconds(), 10, 0.1);
   }));
 
 test("answer: a command that is refused since nobody answered the channel is the handler's failure", () =>
@@ -2083,16 +2088,13 @@ test("gather: while it is under way keys are its own, and other events the itera
     assert.deepEqual((await events).map(brief), ["finished", "finished", "3", "exit"]);
   }, { caller: [[2, "press", "123"]] }));
 
-test("gather: a last prompt that nobody could open stops the clock no longer than promptTimeout", async () => {
-  for (const [promptTimeout, at] of [[undefined, 305], [20_000, 25]] as const) {
-    await inCall(async (ivr, { host }) => {
-      const gathered = await ivr.gather({ prompt: ["short", "broken"], promptTimeout });
-      assert.deepEqual(gathered, collected("", "timeout", "finished", "skipped"));
-      assert.equal(Math.round(host.at), at);
-      await ivr.exit();
-    }, { unreadable: ["broken"] });
-  }
-});
+test("gather: a last prompt that nobody could open stops the clock for five minutes", () =>
+  inCall(async (ivr, { host }) => {
+    const gathered = await ivr.gather({ prompt: ["short", "broken"] });
+    assert.deepEqual(gathered, collected("", "timeout", "finished", "skipped"));
+    assert.equal(Math.round(host.at), 305);
+    await ivr.exit();
+  }, { unreadable: ["broken"] }));
 
 test("gather: only one is under way at a time", () =>
   inCall(async (ivr) => {
