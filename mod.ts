@@ -817,14 +817,14 @@ export class Session {
 
   async #read(): Promise<void> {
     try {
-      let length: number | undefined;
+      let length: number | false | undefined; // of what was too much before the moment
       do {
         this.#probe(); // anew each time: silence counts only while we read
         // Loops are given a moment to take what waits. Too much is too much only when none of it was taken
         if (this.#backlog.full(this.#loops ? AHEAD : 1)) await this.until(() => !this.#backlog.length, 0);
         if (this.#backlog.length === length) this.#backlog.check(length + this.#backlog.rest.length);
-        length = this.#backlog.length;
-      } while (this.#backlog.full() || this.#hear(await this.#reader.read()));
+        length = this.#backlog.full() && this.#backlog.length;
+      } while (length || this.#hear(await this.#reader.read()));
     } catch (error) {
       await undefined; // a source that throws at once does so before the layer above is made
       this.#end({ by: "disconnect", error: error || over() }); // some streams give no reason
@@ -1206,9 +1206,9 @@ export class Ivr extends Session {
     try {
       if (!end && !cut()) { // no key waits already
         queued = Promise.all(files.map((file) => this.queue(file)));
-        queued.then(() => (played = true, notify()));
+        queued.catch(ignore).then(() => (played = true, notify()));
         await this.until(() => played || cut(), 300_000);
-        if (!early()) await turn(); // a key that comes in one chunk with the end of the last prompt interrupts nothing
+        if (!(played || early())) await turn(); // a key that comes in one chunk with the end of the last prompt interrupts nothing
         if (!played) this.interrupt();
       }
       while (!end) {
@@ -1285,7 +1285,7 @@ export class Ivr extends Session {
  * happens. Resolves with how the call ended.
  *
  * A handler that stops because the call is over is no failure: with an `ended` error of a command, with what a `fetch`
- * throws that was given {@linkcode Session.signal}, or with a command that was refused since it met the hangup. Anything
+ * throws that was given {@linkcode Session.signal}, or with a command that was refused since it met the hangup (for which Asterisk is asked once more). Anything
  * else that it throws ends the call, and rejects; so does a limit of the session (`overflow`). One call's failure is no
  * other's: a server catches each.
  *

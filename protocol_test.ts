@@ -1496,6 +1496,22 @@ test("session: a consumer that takes an event every turn or every other one keep
   }
 });
 
+test("session: a consumer that took just as much as came keeps up as well", async () => {
+  for (const [waits, comes] of Array.from({ length: 25 }, (_, i) => [4 + i % 5, 1 + Math.floor(i / 5)] as const)) {
+    await using host = playHost({ maxBuffer: 100 });
+    const loop = host.session[Symbol.asyncIterator]();
+    host.write("F,1,abcde\n".repeat(waits));
+    await pause();
+    host.write("F,1,abcde\n".repeat(comes) + "F,1," + "x".repeat(41));
+    for (let left = waits + comes; left--;) {
+      await pause();
+      assert.equal(brief((await loop.next()).value), "finished");
+    }
+    host.write("\n");
+    assert.equal(brief((await loop.next()).value), "finished");
+  }
+});
+
 /** A clock on which each turn of the event loop takes a millisecond. */
 class SlowTurns extends VirtualClock {
   override after(time: number, run: () => void): unknown {
@@ -1584,6 +1600,12 @@ test("gather: one that was aborted before it began, or that could not begin, lea
     await assert.rejects(host.session.gather(options));
   }
   assert.deepEqual(await host.session.gather({ maxDigits: 2 }), collected("23", "maxDigits"));
+});
+
+test("gather: what a queue of somebody's own throws is what it rejects with, and nothing else", async () => {
+  await using host = playHost();
+  host.session.queue = () => Promise.reject(new Error("no sound"));
+  await assert.rejects(host.session.gather({ prompt: "a", timeout: 0 }), /no sound/);
 });
 
 test("gather: behind the end it rejects with that, though another has not settled yet", async () => {
