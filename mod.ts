@@ -1285,9 +1285,9 @@ export class Ivr extends Session {
  * happens. Resolves with how the call ended.
  *
  * A handler that stops because the call is over is no failure: with an `ended` error of a command, with what a `fetch`
- * throws that was given {@linkcode Session.signal}, or with a command that was refused since it met the hangup (for which Asterisk is asked once more). Anything
- * else that it throws ends the call, and rejects; so does a limit of the session (`overflow`). One call's failure is no
- * other's: a server catches each.
+ * throws that was given {@linkcode Session.signal}, or with a command that was refused since it met the hangup, which
+ * Asterisk's answer to another one tells, or `keepAlive` where none comes. Anything else that it throws ends the call, and
+ * rejects; so does a limit of the session (`overflow`). One call's failure is no other's: a server catches each.
  *
  * @example A server on Deno
  * ```ts
