@@ -542,13 +542,13 @@ class Backlog {
 // 3. all but the answers, so a `Z` too, wait in the backlog until somebody takes them. Who finds nothing waits in
 //    `until` for anything to change.
 //
-// While something is asked, or we asked for the end, `#nextWake` wakes Asterisk. Its last words, or a stream that breaks, stop
-// that: then it is known how the call ends (`#ending`), nothing more can be asked, and the stream of events has a second
-// to end too (`#deadline`). The signal tells (`#abort`); with option `i` it does so earlier, and the call goes on.
+// While something is asked, or we asked for the end, `#nextWake` wakes Asterisk. Its last words, or a stream that breaks,
+// stop that: then it is known how the call ends (`#ending`), nothing more can be asked, and the stream of events has a
+// second to end too (`#deadline`). The signal tells (`#abort`); with option `i` it does so earlier, and the call goes on.
 // Every call comes to `#finish`: what waits is settled, and both streams close (`#closing`).
 //
-// Where things go: a command with an answer of its own into `Reply`, `ask` and `#receive`; another way to end into `Ending`,
-// `ask`, `#receive` and `#finish`.
+// Where things go: a command with an answer of its own into `Reply`, `ask` and `#receive`; another way to end into
+// `Ending`, `ask`, `#receive` and `#finish`.
 
 /** Limits of a {@linkcode Session}. */
 export interface SessionOptions extends LinesOptions {
@@ -597,7 +597,7 @@ const MAX_OUT = 1_000_000;
  */
 const AHEAD = 1 / 16;
 
-const over = (cause?: unknown): IvrError => new IvrError("ended", "The call ended", { cause });
+const callEnded = (cause?: unknown): IvrError => new IvrError("ended", "The call ended", { cause });
 
 type Timer = ReturnType<typeof setTimeout> | undefined; // `clearTimeout(timer!)`: the types of Workers take no undefined
 
@@ -806,7 +806,7 @@ export class Session {
       if (this.#leaving || this.#ending) return;
       this.#leaving = type;
     } else {
-      if (this.#ending) throw over(); // Asterisk reads nothing behind its last words
+      if (this.#ending) throw callEnded(); // Asterisk reads nothing behind its last words
       const asks = type === "get" || type === "params";
       const name = asks ? names?.[0] : `EIVR_ACK_${++this.#count}`;
       if (!asks) text += `G,${name}\n`;
@@ -822,12 +822,12 @@ export class Session {
         this.#probe(); // anew each time: silence counts only while we read
         // Loops are given a moment to take what waits. Too much is too much only when none of it was taken
         if (this.#backlog.full(this.#loops ? AHEAD : 1)) await this.until(() => !this.#backlog.length, 0);
-        if (this.#backlog.length === length) this.#backlog.check(length + this.#backlog.rest.length);
+        if (this.#backlog.length === length) this.#backlog.check(Infinity);
         length = this.#backlog.full() && this.#backlog.length;
       } while (length || this.#hear(await this.#reader.read()));
     } catch (error) {
       await undefined; // a source that throws at once does so before the layer above is made
-      this.#end({ by: "disconnect", error: error || over() }); // some streams give no reason
+      this.#end({ by: "disconnect", error: error || callEnded() }); // some streams give no reason
     }
     this.close();
   }
@@ -885,7 +885,7 @@ export class Session {
       this.#end({ by: type === "exit" || type === this.#leaving ? type : "caller" });
     }
     if (message === "HANGUP") {
-      this.#abort.abort(over());
+      this.#abort.abort(callEnded());
       this.notify(); // what stands behind it in its chunk comes too late for a prompt
     }
   }
@@ -900,7 +900,7 @@ export class Session {
       if (text) await this.#writer.write(encode(text));
     }); // behind a write that broke there is no other
     // Not `close`: Asterisk's last words may still come
-    this.#written.catch((error) => this.#end({ by: "disconnect", error: error || over() }));
+    this.#written.catch((error) => this.#end({ by: "disconnect", error: error || callEnded() }));
   }
 
   /** Wakes Asterisk while something is awaited: a millisecond after a command or an answer, then ever more slowly. */
@@ -916,7 +916,7 @@ export class Session {
     this.#ending = ending;
     this.#within(GRACE, () => this.close());
     this.#wake(); // not any more
-    this.#abort.abort(over());
+    this.#abort.abort(callEnded());
     this.notify();
   }
 
@@ -929,7 +929,7 @@ export class Session {
     if (error && error === this.#backlog.overflow) this.#ending!.by = "error"; // not a stream that broke with one
     // A reset after our own H or E is Asterisk closing with our wake-ups unread
     else if (error && this.#leaving) this.#ending = { by: this.#leaving };
-    const ended = over(error);
+    const ended = callEnded(error);
     for (const { fail } of this.#asked) fail(ended);
     const grace = new Promise<void>((resolve) => this.#within(GRACE, resolve));
     // A socket that ends by itself, as Node's do, is to do so first: Deno fails when both close it in one turn
@@ -1018,7 +1018,7 @@ export interface Gathered {
   outcomes: Outcome[];
 }
 
-/** What is in Asterisk's playlist, as far as we know: a file and who wants to know of it, or an `I` that clears what stands before. */
+/** What is in Asterisk's playlist, as far as we know: a file and who wants to know of it, or an `I` that clears it. */
 type Prompt = { file: string | undefined; tell: ((outcome: Outcome) => void) | undefined };
 
 /**
@@ -1134,7 +1134,7 @@ export class Ivr extends Session {
 
   /**
    * Ends the call with a message for the log: any text, on one line, cut to what fits as in {@linkcode Ivr.log}. Resolves
-   * when the stream has ended, whoever ended it.
+   * when the call is over, whoever ended it.
    */
   hangup(text = ""): Promise<void> {
     return this.send({ type: "hangup", message: messages(text)[0] });
@@ -1180,7 +1180,7 @@ export class Ivr extends Session {
     if (maxDigits % 1) refuse("gather", "maxDigits", maxDigits, "a whole number");
     if (!/^[\dA-D*#]*$/.test(terminators)) refuse("gather", "terminators", terminators, "keys 0-9 * # A-D");
     for (const file of files) formatCommand({ type: "queue", file });
-    if (this.signal.aborted) throw over();
+    if (this.signal.aborted) throw callEnded();
     if (this.#gathering) refuse("gather", "gather", options, "the only one");
 
     let digits = "";
@@ -1208,7 +1208,7 @@ export class Ivr extends Session {
         queued = Promise.all(files.map((file) => this.queue(file)));
         queued.catch(ignore).then(() => (played = true, notify()));
         await this.until(() => played || cut(), 300_000);
-        if (!(played || early())) await turn(); // a key that comes in one chunk with the end of the last prompt interrupts nothing
+        if (!(played || early())) await turn(); // a key in one chunk with the last prompt's end interrupts nothing
         if (!played) this.interrupt();
       }
       while (!end) {
@@ -1285,9 +1285,9 @@ export class Ivr extends Session {
  * happens. Resolves with how the call ended.
  *
  * A handler that stops because the call is over is no failure: with an `ended` error of a command, with what a `fetch`
- * throws that was given {@linkcode Session.signal}, or with a command that was refused since it met the hangup, which
- * Asterisk's answer to another one tells, or `keepAlive` where none comes. Anything else that it throws ends the call, and
- * rejects; so does a limit of the session (`overflow`). One call's failure is no other's: a server catches each.
+ * throws that was given {@linkcode Session.signal}, or with a command that was refused since it met the hangup. Anything
+ * else that it throws ends the call, and rejects; so does a limit of the session (`overflow`). One call's failure is no
+ * other's: a server catches each.
  *
  * @example A server on Deno
  * ```ts
@@ -1313,7 +1313,8 @@ export async function answer(
     await handler(ivr);
   } catch (error) {
     const kind = error instanceof IvrError && !error.reason ? error.code : (error as Error)?.name;
-    if (kind === "refused") await ivr.params().catch(ignore); // is it the hangup? Its `H` comes before any answer
+    // Is it the hangup? Its `H` comes before any answer
+    if (kind === "refused") await Promise.race([ivr.params(), ivr["until"](ignore, GRACE)]).catch(ignore);
     if (!ivr.signal.aborted || !["refused", "ended", "AbortError"].includes(kind)) throw error;
   } finally {
     await ivr.close();

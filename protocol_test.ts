@@ -1746,13 +1746,19 @@ test("answer: a command that was asked behind the one with which writing broke i
   assert.deepEqual(await call, { by: "disconnect", error: broken });
 });
 
-test("answer: a refusal behind which the host says nothing more is the end of the call, when keepAlive tells", () =>
+test("answer: a handler that was refused ends its call within a second, though the host says nothing that matters more", () =>
   inTime(async (seconds) => {
-    const { readable, writable } = new TransformStream<Uint8Array, Uint8Array>();
-    const call = answer({ readable, writable: new WritableStream() }, (ivr) => ivr.interrupt(), { keepAlive: 5000 });
-    writable.getWriter().write(utf8("Z,1\n"));
-    assert.deepEqual(await call, { by: "disconnect" });
-    assertNear(seconds(), 10, 0.1);
+    for (const says of ["", "1,1\n"]) {
+      const { readable, writable } = new TransformStream<Uint8Array, Uint8Array>();
+      const writer = writable.getWriter();
+      const began = seconds();
+      const call = answer({ readable, writable: new WritableStream() }, (ivr) => ivr.interrupt());
+      const talking = setInterval(() => says && writer.write(utf8(says)), 300);
+      writer.write(utf8("Z,1\n"));
+      await assert.rejects(call, code("refused"));
+      clearInterval(talking);
+      assertNear(seconds() - began, 1, 0.1);
+    }
   }));
 
 test("answer: a command that is refused since nobody answered the channel is the handler's failure", () =>
