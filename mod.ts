@@ -540,7 +540,7 @@ class Backlog {
 //    of all, since commands are carried out in order, and leaves it there until its acknowledgement comes;
 // 2. the layer above sees everything else (`seen`);
 // 3. all but the answers, so a `Z` too, wait in the backlog until somebody takes them. Who finds nothing waits in
-//    `until` for anything to change.
+//    `when` for anything to change.
 //
 // While something is asked, or we asked for the end, `#nextWake` wakes Asterisk. Its last words, or a stream that breaks,
 // stop that: then it is known how the call ends (`#ending`), nothing more can be asked, and the stream of events has a
@@ -696,7 +696,7 @@ export class Session {
 
   /** How the call ended, as soon as it has; the streams may still be closing. Never rejects. */
   get closed(): Promise<Ending> {
-    return this.#closed ??= this.until(() => this.#closing && this.#ending) as Promise<Ending>;
+    return this.#closed ??= this.when(() => this.#closing && this.#ending) as Promise<Ending>;
   }
 
   /**
@@ -734,13 +734,13 @@ export class Session {
     this.#loops++;
     const wait = async (): Promise<Result> => {
       let value: IvrEvent | undefined;
-      await this.until(() => left || (value = this.take()));
+      await this.when(() => left || (value = this.take()));
       if (!value && !left && this.#ending!.by === "error") throw this.#ending!.error;
       return { value, done: !value } as Result;
     };
     const iterator: AsyncIterableIterator<IvrEvent, undefined> = {
       next: () => {
-        const value = left ? undefined : this.take(); // here as well: most often one waits, and `until` costs more
+        const value = left ? undefined : this.take(); // here as well: most often one waits, and `when` costs more
         return value ? Promise.resolve({ value, done: false }) : quiet(wait());
       },
       return: () => {
@@ -765,7 +765,7 @@ export class Session {
    * Looks now, and again whenever anything has changed, until something is found. When the time has passed, or the call is
    * over, it looks once more, a turn of the event loop later: who asks again and again does not stop the process.
    */
-  protected until<Found>(look: () => Found | undefined, ms: number = Infinity): Promise<Found | undefined> {
+  protected when<Found>(look: () => Found | undefined, ms: number = Infinity): Promise<Found | undefined> {
     return new Promise((resolve) => {
       let late = false;
       const timer = later(() => (late = true, this.notify()), ms);
@@ -780,7 +780,7 @@ export class Session {
     });
   }
 
-  /** Lets everybody who waits in {@linkcode Session.until} look again. */
+  /** Lets everybody who waits in {@linkcode Session.when} look again. */
   protected notify(): void {
     const waiting = this.#waiting;
     this.#waiting = [];
@@ -802,7 +802,7 @@ export class Session {
     const { type, names }: { type: string; names?: string[] } = command;
     let text = formatCommand(command);
     if (type === "hangup" || type === "exit") {
-      this.until(ignore).then(done); // a turn of the event loop later: who asks again and again does not stop the process
+      this.when(ignore).then(done); // a turn of the event loop later: who asks again and again does not stop the process
       if (this.#leaving || this.#ending) return;
       this.#leaving = type;
     } else {
@@ -821,7 +821,7 @@ export class Session {
       do {
         this.#probe(); // anew each time: silence counts only while we read
         // Loops are given a moment to take what waits. Too much is too much only when none of it was taken
-        if (this.#backlog.full(this.#loops ? AHEAD : 1)) await this.until(() => !this.#backlog.length, 0);
+        if (this.#backlog.full(this.#loops ? AHEAD : 1)) await this.when(() => !this.#backlog.length, 0);
         if (this.#backlog.length === length) this.#backlog.check(Infinity);
         length = this.#backlog.full() && this.#backlog.length;
       } while (length || this.#hear(await this.#reader.read()));
@@ -1173,7 +1173,7 @@ export class Ivr extends Session {
   async #gather(options: GatherOptions): Promise<Gathered> {
     const { prompt = [], maxDigits = Infinity, terminators = "#", bargeIn = true, flush, signal } = options;
     const { timeout = 5000, interDigitTimeout = timeout } = options;
-    const files = [prompt].flat();
+    let files = [prompt].flat();
     checkNumber("gather", "timeout", timeout, 0);
     checkNumber("gather", "interDigitTimeout", interDigitTimeout, 0);
     checkNumber("gather", "maxDigits", maxDigits, 1);
@@ -1185,8 +1185,8 @@ export class Ivr extends Session {
 
     let digits = "";
     let end: Pick<Gathered, "reason" | "terminator"> | undefined;
-    let queued: Promise<Outcome[] | void> = turn();
-    let played = false;
+    const outcomes: Outcome[] = [];
+    const told = () => outcomes.flat().length === files.length; // which leaves out those not known yet
     const notify = () => this.notify();
     const early = (): typeof end =>
       this.signal.aborted ? { reason: "hangup" } : signal?.aborted ? { reason: "aborted" } : undefined;
@@ -1201,20 +1201,21 @@ export class Ivr extends Session {
 
     while (flush && this.take("dtmf"));
     end = early();
+    if (end) await turn();
+    if (end) return { digits, ...end, outcomes };
     signal?.addEventListener("abort", notify);
     this.#gathering = "other";
     try {
-      if (!end && !cut()) { // no key waits already
-        queued = Promise.all(files.map((file) => this.queue(file)));
-        queued.catch(ignore).then(() => (played = true, notify()));
-        await this.until(() => played || cut(), 300_000);
-        if (!(played || early())) await turn(); // a key in one chunk with the last prompt's end interrupts nothing
-        if (!played) this.interrupt();
-      }
+      if (cut()) files = []; // a key that waits already
+      files.forEach((file, i) => this.ask({ type: "queue", file }, ignore, ignore, (word) => outcomes[i] ??= word));
+      await this.when(() => told() || cut(), 300_000);
+      if (!told()) this.interrupt();
+
       while (!end) {
-        if (!await this.until(collect, digits ? interDigitTimeout : timeout)) end = { reason: "timeout" };
+        if (!await this.when(collect, digits ? interDigitTimeout : timeout)) end = { reason: "timeout" };
       }
-      return queued.then((outcomes) => ({ digits, ...end!, outcomes: outcomes ?? [] }));
+      await this.when(told);
+      return { digits, ...end, outcomes };
     } finally {
       signal?.removeEventListener("abort", notify);
       this.#gathering = undefined;
@@ -1314,7 +1315,7 @@ export async function answer(
   } catch (error) {
     const kind = error instanceof IvrError && !error.reason ? error.code : (error as Error)?.name;
     // Is it the hangup? Its `H` comes before any answer
-    if (kind === "refused") await Promise.race([ivr.params(), ivr["until"](ignore, GRACE)]).catch(ignore);
+    if (kind === "refused") await Promise.race([ivr.params(), ivr["when"](ignore, GRACE)]).catch(ignore);
     if (!ivr.signal.aborted || !["refused", "ended", "AbortError"].includes(kind)) throw error;
   } finally {
     await ivr.close();
