@@ -392,6 +392,11 @@ export interface Sink {
   };
 }
 
+/** A turn of the event loop. What is known at once takes one, so that a loop around it lets others run. */
+const turn = (): Promise<void> => new Promise((resolve) => setTimeout(resolve));
+
+const ignore = (): void => {};
+
 /** How much may wait. */
 export interface LinesOptions {
   /**
@@ -435,7 +440,7 @@ export async function* lines(readable: Source, options?: LinesOptions): AsyncGen
       }
     }
   } finally {
-    await reader.cancel().catch(ignore);
+    await turn().then(() => reader.cancel()).catch(ignore); // which may throw at once
   }
 }
 
@@ -609,11 +614,6 @@ function later(run: () => void, ms: number): Timer {
   return timer;
 }
 
-/** A turn of the event loop. What is known at once takes one, so that a loop around it lets others run. */
-const turn = (): Promise<void> => new Promise((resolve) => setTimeout(resolve));
-
-const ignore = (): void => {};
-
 /** A promise that nobody has to await: no rejection of it is unhandled, and each comes a turn later. */
 function quiet<T>(promise: Promise<T>): Promise<T> {
   promise = promise.catch((error) => turn().then(() => Promise.reject(error)));
@@ -740,14 +740,14 @@ export class Session {
     };
     const iterator: AsyncIterableIterator<IvrEvent, undefined> = {
       next: () => {
-        const value = left ? undefined : this.take(); // here as well: most often one waits, and `when` costs more
+        const value = !left && this.take(); // here as well: most often one waits, and `when` costs more
         return value ? Promise.resolve({ value, done: false }) : quiet(wait());
       },
       return: () => {
         if (!left) this.#loops--;
         left = true;
         this.notify();
-        return iterator.next();
+        return wait();
       },
       [Symbol.asyncIterator]: () => iterator,
     };
@@ -762,18 +762,19 @@ export class Session {
   }
 
   /**
-   * Looks now, and again whenever anything has changed, until something is found. When the time has passed, or the call is
-   * over, it looks once more, a turn of the event loop later: who asks again and again does not stop the process.
+   * Looks now, and again whenever anything has changed, until something is found or the call is over. When the time has
+   * passed, or the call was over before, it looks once more, a turn of the event loop later: who asks again and again does
+   * not stop the process.
    */
   protected when<Found>(look: () => Found | undefined, ms: number = Infinity): Promise<Found | undefined> {
     return new Promise((resolve) => {
-      let late = false;
+      let late: Promise<void> | true | undefined = this.#closing; // whether the last look comes a turn later
       const timer = later(() => (late = true, this.notify()), ms);
       const again = (): void => {
         const found = look();
         if (found || late || this.#closing) {
           clearTimeout(timer!);
-          resolve(found || turn().then(look));
+          resolve(found || (late && turn().then(look)));
         } else this.#waiting.push(again);
       };
       again();
@@ -862,7 +863,8 @@ export class Session {
     if (this.#closing) return; // it was on its way when we closed
     // What stands behind the last newline may be incomplete: it may end the call, but it answers nothing
     if (!unfinished) {
-      const reply = data ?? params;
+      const asked = this.#asked[0];
+      const reply = asked && (data ?? params);
       if (reply) {
         const name = data?.split("=", 1)[0];
         const at = this.#asked.findIndex((asked) => asked.name === name);
@@ -872,10 +874,10 @@ export class Session {
         }
       }
       if (type === "failed") {
-        const [asked] = this.#asked;
-        told = asked && asked.fail !== ignore;
-        if (told) asked!.fail(new IvrError("refused", `Asterisk refused: ${reason ?? "channel not up"}`, { reason }));
-        if (asked) asked.fail = ignore; // what else comes before its acknowledgement is nobody's
+        if (asked && asked.fail !== ignore) {
+          asked.fail(new IvrError("refused", `Asterisk refused: ${reason ?? "channel not up"}`, { reason }));
+          told = asked.fail = ignore; // what else comes before its acknowledgement is nobody's
+        }
       } else told = this.seen?.(event);
     }
     if (told && !this.#loops && this.#backlog.full(AHEAD)) return; // nobody wants it
@@ -932,9 +934,10 @@ export class Session {
     const ended = callEnded(error);
     for (const { fail } of this.#asked) fail(ended);
     const grace = new Promise<void>((resolve) => this.#within(GRACE, resolve));
+    await undefined; // what a gather leaves in this turn is for the loops
+    this.notify();
     // A socket that ends by itself, as Node's do, is to do so first: Deno fails when both close it in one turn
     await turn();
-    this.notify();
     if (!error) {
       await Promise.race([grace, Promise.resolve(this.#written).then(() => this.#writer.close())]).catch(ignore);
     }
@@ -1047,7 +1050,7 @@ function messages(line: unknown): string[] {
  */
 export class Ivr extends Session {
   #playlist: Prompt[] = []; // in order
-  #gathering?: "other" | undefined; // set while keys are gathered: what the iterators may take meanwhile
+  #gathering?: () => "other" | undefined; // what the iterators may take while keys are gathered
 
   /** Once the caller is gone nobody hears what waits in the playlist. */
   protected override notify(): void {
@@ -1151,8 +1154,8 @@ export class Ivr extends Session {
    * five minutes are stopped and count as over: Asterisk does not tell when it could not open the last one, so nothing else
    * might ever end them.
    *
-   * Rejects with `invalid` for options out of range, for a prompt that `queue` would refuse, and when another `gather` is
-   * under way; with `ended` when the caller is gone before it begins.
+   * Rejects with `invalid` for options out of range, for a prompt that `queue` would refuse, and while another `gather`
+   * collects; with `ended` when the caller is gone before it begins.
    *
    * @example An account number, in up to three tries
    * ```ts
@@ -1181,7 +1184,7 @@ export class Ivr extends Session {
     if (!/^[\dA-D*#]*$/.test(terminators)) refuse("gather", "terminators", terminators, "keys 0-9 * # A-D");
     for (const file of files) formatCommand({ type: "queue", file });
     if (this.signal.aborted) throw callEnded();
-    if (this.#gathering) refuse("gather", "gather", options, "the only one");
+    if (this.#gathering?.()) refuse("gather", "gather", options, "the only one");
 
     let digits = "";
     let end: Pick<Gathered, "reason" | "terminator"> | undefined;
@@ -1200,31 +1203,26 @@ export class Ivr extends Session {
     const cut = bargeIn ? collect : early; // what cuts the prompts short
 
     while (flush && this.take("dtmf"));
+    signal?.addEventListener("abort", notify);
+    this.#gathering = () => end ? undefined : "other";
     end = early();
     if (end) await turn();
-    if (end) return { digits, ...end, outcomes };
-    signal?.addEventListener("abort", notify);
-    this.#gathering = "other";
-    try {
-      if (cut()) files = []; // a key that waits already
-      files.forEach((file, i) => this.ask({ type: "queue", file }, ignore, ignore, (word) => outcomes[i] ??= word));
-      await this.when(() => told() || cut(), 300_000);
-      if (!told()) this.interrupt();
+    if (end || cut()) files = []; // a key that waits already
+    files.forEach((file, i) => this.ask({ type: "queue", file }, ignore, ignore, (word) => outcomes[i] ??= word));
+    await this.when(() => told() || cut(), 300_000);
+    if (!told()) this.interrupt();
 
-      while (!end) {
-        if (!await this.when(collect, digits ? interDigitTimeout : timeout)) end = { reason: "timeout" };
-      }
-      await this.when(told);
-      return { digits, ...end, outcomes };
-    } finally {
-      signal?.removeEventListener("abort", notify);
-      this.#gathering = undefined;
-      this.notify(); // the keys that are left are for the iterators
+    while (!end) {
+      if (!await this.when(collect, digits ? interDigitTimeout : timeout)) end = { reason: "timeout" };
     }
+    signal?.removeEventListener("abort", notify);
+    this.notify(); // the keys that are left are for the iterators
+    await this.when(told);
+    return { digits, ...end, outcomes };
   }
 
   /** While keys are gathered they are not for the iterators. */
-  protected override take(wanted: "dtmf" | "other" | undefined = this.#gathering): IvrEvent | undefined {
+  protected override take(wanted: "dtmf" | "other" | undefined = this.#gathering?.()): IvrEvent | undefined {
     return super.take(wanted);
   }
 
@@ -1267,12 +1265,10 @@ export class Ivr extends Session {
   protected override seen(event: IvrEvent): unknown {
     const { type, file }: { type: string; file?: string } = event;
     if (!file && type !== "interrupted") return undefined;
-    const at = this.#playlist.findIndex((prompt) => prompt.file && (!file || file === prompt.file));
-    const prompt = this.#playlist[at];
-    if (!prompt) return undefined;
-    this.#tell("skipped", at);
-    this.#tell(type as Outcome, 1);
-    return prompt.tell;
+    const prompt = this.#playlist.find((prompt) => prompt.file && (!file || file === prompt.file));
+    if (prompt) this.#tell("skipped", this.#playlist.indexOf(prompt));
+    if (prompt) this.#tell(type as Outcome, 1);
+    return prompt?.tell;
   }
 
   /** Tells what became of the first files of the playlist. */

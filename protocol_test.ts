@@ -710,6 +710,17 @@ test("lines: leaving the loop cancels the stream", async () => {
   assert.ok(cancelled);
 });
 
+test("lines: what a source throws when it is given up is nobody's error", async () => {
+  const fail = (): never => {
+    throw new Error("no longer there");
+  };
+  for (const cancel of [fail, () => Promise.resolve().then(fail)]) {
+    const chunks = [{ done: false, value: utf8("a\nb") }, { done: true }];
+    const read = () => Promise.resolve(chunks.shift()!) as Promise<never>;
+    assert.deepEqual(await all(lines(bare({ read, cancel }).readable)), ["a", "b"]);
+  }
+});
+
 // ---------------------------------------------------------------------------------------------------------
 // 4. Session: against a host that says just what the test says
 //
@@ -1587,6 +1598,35 @@ test("gather: keys that it leaves when the call ends are for the loop", async ()
     assert.deepEqual(await gathering, collected("1", "maxDigits", "ended"));
     assert.deepEqual((await events).map(brief).sort(), ["2", ...last.map(() => "hangup")]);
   }
+});
+
+test("gather: keys that it leaves with the last chunk, which is the end as well, are for the loop", async () => {
+  for (const bargeIn of [true, false]) {
+    for (const loopFirst of [true, false]) {
+      const chunk = Promise.withResolvers<void>();
+      const read = async () => (await chunk.promise, { done: true, value: utf8("1,1\n2,1\n") } as never);
+      const ivr = new Ivr(bare({ read, write: () => Promise.resolve(), close: () => Promise.resolve() }));
+      const early = loopFirst && all(ivr);
+      const gathering = ivr.gather({ prompt: bargeIn ? [] : "a", bargeIn, maxDigits: 1 });
+      const events = early || all(ivr);
+      chunk.resolve();
+      const { digits } = await gathering;
+      assert.equal(digits + (await events).map(brief).join(""), "12");
+    }
+  }
+});
+
+test("gather: one that has its keys, and waits for what became of its prompts, is in nobody's way", async () => {
+  await using host = playHost();
+  const first = host.session.gather({ prompt: "a", maxDigits: 1 });
+  const acknowledged = host.session.log(""); // behind the prompt
+  while (!(await host.hears()).startsWith("G,EIVR_ACK_2"));
+  host.say("G,1,EIVR_ACK_1=", "G,1,EIVR_ACK_2=", "1,1", "2,1");
+  await acknowledged;
+  assert.deepEqual(await host.session.gather({ maxDigits: 1 }), collected("2", "maxDigits"));
+  assert.equal(await Promise.race([first, pause().then(() => "waits")]), "waits");
+  host.say("T,1,a");
+  assert.deepEqual(await first, collected("1", "maxDigits", "interrupted"));
 });
 
 test("gather: one that was aborted before it began, or that could not begin, leaves the keys to the next", async () => {
