@@ -234,7 +234,7 @@ const RULES: { [field: string]: string } = {
 function refuse(doing: string, field: string, value: unknown, rule = RULES[field] ?? RULE): never {
   let shown: string = typeof value;
   try {
-    shown = JSON.stringify(value) ?? shown;
+    shown = shown === "number" ? String(value) : JSON.stringify(value) ?? shown; // or NaN would be null
   } catch { /* a value that no text shows */ }
   throw new IvrError("invalid", `Cannot ${doing}: ${field} ${shown.slice(0, 200)} has to be ${rule}`, { field });
 }
@@ -440,7 +440,7 @@ export async function* lines(readable: Source, options?: LinesOptions): AsyncGen
       }
     }
   } finally {
-    await turn().then(() => reader.cancel()).catch(ignore); // which may throw at once
+    await reader.cancel().catch(ignore);
   }
 }
 
@@ -588,7 +588,7 @@ export type Reply<Command extends IvrCommand> = Command extends { type: "get" } 
 type EventFields = { type: string; data?: string; params?: string[]; message?: string; reason?: string | undefined };
 
 /** A command that awaits its answer: a `G` of this name, or a `P`, which has none. */
-type Asked = { name: string | undefined; done: (reply?: unknown) => void; fail: (error: IvrError) => void };
+type Asked = { type: string; name: string | undefined; done(reply?: unknown): void; fail(error: IvrError): void };
 
 /** How long a stream may take to end behind the last words: milliseconds. */
 const GRACE = 1000;
@@ -630,7 +630,7 @@ function quiet<T>(promise: Promise<T>): Promise<T> {
  *
  * A command's promise resolves when Asterisk has carried it out and rejects with an {@linkcode IvrError}: `invalid` before
  * anything is sent, `refused` when Asterisk answers `Z`, `ended` when the call ends first, or is over already. A promise
- * that nobody awaits is never an unhandled rejection.
+ * that nobody awaits is never an unhandled rejection; one of an `async` function of yours, which awaits it, is yours to catch.
  *
  * How it knows, and why nothing stalls: most commands have no answer, but Asterisk carries them out in order, and
  * answers a `G` with the name that was asked. So a `G` of a name that nobody sets goes out behind each command, and its
@@ -762,19 +762,18 @@ export class Session {
   }
 
   /**
-   * Looks now, and again whenever anything has changed, until something is found or the call is over. When the time has
-   * passed, or the call was over before, it looks once more, a turn of the event loop later: who asks again and again does
-   * not stop the process.
+   * Looks now, and again whenever anything has changed, until something is found. When the time has passed, or the call is
+   * over, it looks once more, a turn of the event loop later: who asks again and again does not stop the process.
    */
   protected when<Found>(look: () => Found | undefined, ms: number = Infinity): Promise<Found | undefined> {
     return new Promise((resolve) => {
-      let late: Promise<void> | true | undefined = this.#closing; // whether the last look comes a turn later
+      let late = false;
       const timer = later(() => (late = true, this.notify()), ms);
       const again = (): void => {
         const found = look();
         if (found || late || this.#closing) {
           clearTimeout(timer!);
-          resolve(found || (late && turn().then(look)));
+          resolve(found || turn().then(look));
         } else this.#waiting.push(again);
       };
       again();
@@ -811,7 +810,7 @@ export class Session {
       const asks = type === "get" || type === "params";
       const name = asks ? names?.[0] : `EIVR_ACK_${++this.#count}`;
       if (!asks) text += `G,${name}\n`;
-      this.#asked.push({ name, fail, done: asks ? done : () => done() });
+      this.#asked.push({ type, name, fail, done: asks ? done : () => done() });
     }
     this.#write(text);
   }
@@ -863,8 +862,8 @@ export class Session {
     if (this.#closing) return; // it was on its way when we closed
     // What stands behind the last newline may be incomplete: it may end the call, but it answers nothing
     if (!unfinished) {
-      const asked = this.#asked[0];
-      const reply = asked && (data ?? params);
+      const head = this.#asked[0];
+      const reply = head && (data ?? params);
       if (reply) {
         const name = data?.split("=", 1)[0];
         const at = this.#asked.findIndex((asked) => asked.name === name);
@@ -873,12 +872,11 @@ export class Session {
           return this.#wake();
         }
       }
-      if (type === "failed") {
-        if (asked && asked.fail !== ignore) {
-          asked.fail(new IvrError("refused", `Asterisk refused: ${reason ?? "channel not up"}`, { reason }));
-          told = asked.fail = ignore; // what else comes before its acknowledgement is nobody's
-        }
-      } else told = this.seen?.(event);
+      if (type !== "failed") told = this.seen?.(event);
+      else if (head && head.fail !== ignore) {
+        head.fail(new IvrError("refused", `Asterisk refused ${head.type}: ${reason ?? "channel not up"}`, { reason }));
+        told = head.fail = ignore; // what else comes before its acknowledgement is nobody's
+      }
     }
     if (told && !this.#loops && this.#backlog.full(AHEAD)) return; // nobody wants it
     this.#backlog.add(event, length);
@@ -934,10 +932,9 @@ export class Session {
     const ended = callEnded(error);
     for (const { fail } of this.#asked) fail(ended);
     const grace = new Promise<void>((resolve) => this.#within(GRACE, resolve));
-    await undefined; // what a gather leaves in this turn is for the loops
-    this.notify();
     // A socket that ends by itself, as Node's do, is to do so first: Deno fails when both close it in one turn
     await turn();
+    this.notify();
     if (!error) {
       await Promise.race([grace, Promise.resolve(this.#written).then(() => this.#writer.close())]).catch(ignore);
     }
@@ -1050,7 +1047,7 @@ function messages(line: unknown): string[] {
  */
 export class Ivr extends Session {
   #playlist: Prompt[] = []; // in order
-  #gathering?: () => "other" | undefined; // what the iterators may take while keys are gathered
+  #gathering?: "other" | undefined; // set while keys are gathered: what the iterators may take meanwhile
 
   /** Once the caller is gone nobody hears what waits in the playlist. */
   protected override notify(): void {
@@ -1092,8 +1089,8 @@ export class Ivr extends Session {
   }
 
   /**
-   * Presses keys toward the caller, `interval` milliseconds apart (250 if not given), each for `duration` milliseconds
-   * (Asterisk's own if not given); `w` and `W` are pauses of half a second and a second. Asterisk does nothing else
+   * Presses keys toward the caller, `interval` milliseconds apart (250 if not given, or 0), each for `duration` milliseconds
+   * (Asterisk's own if not given, or 0); `w` and `W` are pauses of half a second and a second. Asterisk does nothing else
    * meanwhile. It has this from version 1.8 on.
    */
   sendDtmf(digits: string, options?: { interval?: number | undefined; duration?: number | undefined }): Promise<void> {
@@ -1154,8 +1151,8 @@ export class Ivr extends Session {
    * five minutes are stopped and count as over: Asterisk does not tell when it could not open the last one, so nothing else
    * might ever end them.
    *
-   * Rejects with `invalid` for options out of range, for a prompt that `queue` would refuse, and while another `gather`
-   * collects; with `ended` when the caller is gone before it begins.
+   * Rejects with `invalid` for options out of range, for a prompt that `queue` would refuse, and when another `gather` is
+   * under way; with `ended` when the caller is gone before it begins.
    *
    * @example An account number, in up to three tries
    * ```ts
@@ -1184,7 +1181,7 @@ export class Ivr extends Session {
     if (!/^[\dA-D*#]*$/.test(terminators)) refuse("gather", "terminators", terminators, "keys 0-9 * # A-D");
     for (const file of files) formatCommand({ type: "queue", file });
     if (this.signal.aborted) throw callEnded();
-    if (this.#gathering?.()) refuse("gather", "gather", options, "the only one");
+    if (this.#gathering) refuse("gather", "gather", options, "the only one");
 
     let digits = "";
     let end: Pick<Gathered, "reason" | "terminator"> | undefined;
@@ -1203,26 +1200,29 @@ export class Ivr extends Session {
     const cut = bargeIn ? collect : early; // what cuts the prompts short
 
     while (flush && this.take("dtmf"));
-    signal?.addEventListener("abort", notify);
-    this.#gathering = () => end ? undefined : "other";
     end = early();
     if (end) await turn();
-    if (end || cut()) files = []; // a key that waits already
-    files.forEach((file, i) => this.ask({ type: "queue", file }, ignore, ignore, (word) => outcomes[i] ??= word));
-    await this.when(() => told() || cut(), 300_000);
-    if (!told()) this.interrupt();
+    if (end) return { digits, ...end, outcomes };
+    signal?.addEventListener("abort", notify);
+    this.#gathering = "other";
+    try {
+      if (cut()) files = []; // a key that waits already
+      files.forEach((file, i) => this.ask({ type: "queue", file }, ignore, ignore, (word) => outcomes[i] ??= word));
+      await this.when(() => told() || cut(), 300_000);
+      if (!told()) this.interrupt();
 
-    while (!end) {
-      if (!await this.when(collect, digits ? interDigitTimeout : timeout)) end = { reason: "timeout" };
+      while (!end && await this.when(collect, digits ? interDigitTimeout : timeout));
+      await this.when(told);
+      return { digits, reason: "timeout", ...end as object | undefined, outcomes };
+    } finally {
+      signal?.removeEventListener("abort", notify);
+      this.#gathering = undefined;
+      this.notify(); // the keys that are left are for the iterators
     }
-    signal?.removeEventListener("abort", notify);
-    this.notify(); // the keys that are left are for the iterators
-    await this.when(told);
-    return { digits, ...end, outcomes };
   }
 
   /** While keys are gathered they are not for the iterators. */
-  protected override take(wanted: "dtmf" | "other" | undefined = this.#gathering?.()): IvrEvent | undefined {
+  protected override take(wanted: "dtmf" | "other" | undefined = this.#gathering): IvrEvent | undefined {
     return super.take(wanted);
   }
 
@@ -1305,16 +1305,18 @@ export async function answer(
   handler: (ivr: Ivr) => Promise<unknown>,
   options?: SessionOptions,
 ): Promise<Ending> {
-  const ivr = new Ivr(streams, options);
+  let ivr: Ivr | undefined;
   try {
+    ivr = new Ivr(streams, options);
     await handler(ivr);
   } catch (error) {
-    const kind = error instanceof IvrError && !error.reason ? error.code : (error as Error)?.name;
-    // Is it the hangup? Its `H` comes before any answer
-    if (kind === "refused") await Promise.race([ivr.params(), ivr["when"](ignore, GRACE)]).catch(ignore);
+    ivr ??= new Ivr(streams); // options out of range: nobody else would close
+    const kind = error instanceof IvrError ? error.code : (error as Error)?.name;
+    const asks = kind === "refused" && !(error as IvrError).reason; // often the hangup's, whose `H` comes before any answer
+    if (asks) await Promise.race([ivr.params(), ivr["when"](ignore, GRACE)]).catch(ignore);
     if (!ivr.signal.aborted || !["refused", "ended", "AbortError"].includes(kind)) throw error;
   } finally {
-    await ivr.close();
+    await ivr?.close();
   }
   const ending = await ivr.closed;
   if (ending.by === "error") throw ending.error;

@@ -710,15 +710,11 @@ test("lines: leaving the loop cancels the stream", async () => {
   assert.ok(cancelled);
 });
 
-test("lines: what a source throws when it is given up is nobody's error", async () => {
-  const fail = (): never => {
-    throw new Error("no longer there");
-  };
-  for (const cancel of [fail, () => Promise.resolve().then(fail)]) {
-    const chunks = [{ done: false, value: utf8("a\nb") }, { done: true }];
-    const read = () => Promise.resolve(chunks.shift()!) as Promise<never>;
-    assert.deepEqual(await all(lines(bare({ read, cancel }).readable)), ["a", "b"]);
-  }
+test("lines: that a source cannot be given up any more is nobody's error", async () => {
+  const chunks = [{ done: false, value: utf8("a\nb") }, { done: true }];
+  const read = () => Promise.resolve(chunks.shift()!) as Promise<never>;
+  const cancel = () => Promise.reject(new Error("no longer there"));
+  assert.deepEqual(await all(lines(bare({ read, cancel }).readable)), ["a", "b"]);
 });
 
 // ---------------------------------------------------------------------------------------------------------
@@ -1600,33 +1596,51 @@ test("gather: keys that it leaves when the call ends are for the loop", async ()
   }
 });
 
-test("gather: keys that it leaves with the last chunk, which is the end as well, are for the loop", async () => {
-  for (const bargeIn of [true, false]) {
-    for (const loopFirst of [true, false]) {
-      const chunk = Promise.withResolvers<void>();
-      const read = async () => (await chunk.promise, { done: true, value: utf8("1,1\n2,1\n") } as never);
-      const ivr = new Ivr(bare({ read, write: () => Promise.resolve(), close: () => Promise.resolve() }));
-      const early = loopFirst && all(ivr);
-      const gathering = ivr.gather({ prompt: bargeIn ? [] : "a", bargeIn, maxDigits: 1 });
-      const events = early || all(ivr);
-      chunk.resolve();
-      const { digits } = await gathering;
-      assert.equal(digits + (await events).map(brief).join(""), "12");
+test("gather: keys that it leaves at the end are for the loop, however the call ends, and when", async () => {
+  const ends: [string, (host: Awaited<ReturnType<typeof playHost>>) => void][] = [
+    ["end", (host) => host.end()],
+    ["H", (host) => (host.say("H,1"), host.end())],
+    ["close", (host) => host.session.close()],
+  ];
+  for (const [name, end] of ends) {
+    for (const closesItself of [false, true]) {
+      for (const bargeIn of [true, false]) {
+        for (const pauses of [0, 1, 2]) {
+          for (const maxDigits of [1, 2, 7]) {
+            await using host = playHost();
+            const { session } = host;
+            if (closesItself) session.signal.addEventListener("abort", () => session.close());
+            const events = all(session);
+            const gathering = session.gather({ prompt: "a", bargeIn, maxDigits });
+            host.write([..."12345678"].map((key) => `${key},1\n`).join(""));
+            for (let i = 0; i < pauses; i++) await pause();
+            end(host);
+            const { digits } = await gathering;
+            const keys = (await events).filter(({ type }) => type === "dtmf").map(brief);
+            const expected = pauses || name !== "close" ? "12345678" : ""; // closed before anything came
+            assert.equal(digits + keys.join(""), expected, `${name} ${closesItself} ${bargeIn} ${pauses} ${maxDigits}`);
+          }
+        }
+      }
     }
   }
 });
 
-test("gather: one that has its keys, and waits for what became of its prompts, is in nobody's way", async () => {
-  await using host = playHost();
-  const first = host.session.gather({ prompt: "a", maxDigits: 1 });
-  const acknowledged = host.session.log(""); // behind the prompt
-  while (!(await host.hears()).startsWith("G,EIVR_ACK_2"));
-  host.say("G,1,EIVR_ACK_1=", "G,1,EIVR_ACK_2=", "1,1", "2,1");
-  await acknowledged;
-  assert.deepEqual(await host.session.gather({ maxDigits: 1 }), collected("2", "maxDigits"));
-  assert.equal(await Promise.race([first, pause().then(() => "waits")]), "waits");
-  host.say("T,1,a");
-  assert.deepEqual(await first, collected("1", "maxDigits", "interrupted"));
+test("gather: keys that it leaves with a chunk that is the end as well are for the loop", async () => {
+  for (const bargeIn of [true, false]) {
+    for (const maxDigits of [1, 2, 7]) {
+      const chunk = Promise.withResolvers<void>();
+      const keys = [..."12345678"];
+      const value = utf8(keys.map((key) => `${key},1\n`).join(""));
+      const read = async () => (await chunk.promise, { done: true, value } as never);
+      const ivr = new Ivr(bare({ read, write: () => Promise.resolve(), close: () => Promise.resolve() }));
+      const events = all(ivr);
+      const gathering = ivr.gather({ prompt: "a", bargeIn, maxDigits });
+      chunk.resolve();
+      const { digits } = await gathering;
+      assert.equal(digits + (await events).map(brief).join(""), keys.join(""));
+    }
+  }
 });
 
 test("gather: one that was aborted before it began, or that could not begin, leaves the keys to the next", async () => {
@@ -1803,6 +1817,44 @@ test("answer: a handler that was refused ends its call within a second, though t
       assertNear(seconds() - began, 1, 0.1);
     }
   }));
+
+test("answer: a command that met the hangup is no failure, whatever Asterisk says of it; any other refusal is, and names it", async () => {
+  for (const reason of ["", "ANSWER_FAILURE", "GENERATOR_FAILURE"]) {
+    const call = (...lines: string[]) => {
+      const { readable, writable } = new TransformStream<Uint8Array, Uint8Array>();
+      const host = writable.getWriter();
+      host.write(utf8([reason ? `Z,1,${reason}` : "Z,1", ...lines, ""].join("\n")));
+      const answers = new WritableStream({
+        write: (bytes) =>
+          void (/P,params/.test(new TextDecoder().decode(bytes)) && host.write(utf8("P,1,ivr://host\n"))),
+      });
+      return answer({ readable, writable: answers }, (ivr) => ivr.answer());
+    };
+    assert.deepEqual(await call("H,1"), { by: "caller" });
+    await assert.rejects(call("1,1"), (error: IvrError) => {
+      assert.equal(error.reason, reason || undefined);
+      assert.equal(error.message, `Asterisk refused answer: ${reason || "channel not up"}`);
+      return code("refused")(error);
+    });
+  }
+});
+
+test("answer: options out of range end the call, and no handler is asked", async () => {
+  for (const options of [{ keepAlive: NaN }, { maxBuffer: -Infinity }]) {
+    const closed: string[] = [];
+    const streams = {
+      readable: new ReadableStream({ cancel: () => void closed.push("readable") }),
+      writable: new WritableStream({ close: () => void closed.push("writable") }),
+    };
+    const [[field, value] = []] = Object.entries(options);
+    const call = answer(streams, () => Promise.reject(new Error("a handler")), options);
+    await assert.rejects(call, (error: IvrError) => {
+      assert.ok(error.message.includes(`: ${field} ${value} has to be a number from 1`), error.message);
+      return refuses(field!, "read")(error);
+    });
+    assert.deepEqual(closed.sort(), ["readable", "writable"]);
+  }
+});
 
 test("answer: a command that is refused since nobody answered the channel is the handler's failure", () =>
   assert.rejects(inCall((ivr) => ivr.interrupt(), { options: "n" }), code("refused")));
