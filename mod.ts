@@ -401,7 +401,8 @@ const ignore = (): void => {};
 export interface LinesOptions {
   /**
    * How many characters may wait, a bound on memory: those of a line that is not complete, its CR among them, and in a
-   * {@linkcode Session} those of the events that nobody has taken as well, each with its newline. The default is 1 MiB.
+   * {@linkcode Session} those of the events that nobody has taken as well, each with its newline. In memory an event takes
+   * some hundred bytes more. The default is 1 MiB.
    *
    * @default 1048576
    */
