@@ -392,11 +392,6 @@ export interface Sink {
   };
 }
 
-/** A turn of the event loop. What is known at once takes one, so that a loop around it lets others run. */
-const turn = (): Promise<void> => new Promise((resolve) => setTimeout(resolve));
-
-const ignore = (): void => {};
-
 /** How much may wait. */
 export interface LinesOptions {
   /**
@@ -444,6 +439,8 @@ export async function* lines(readable: Source, options?: LinesOptions): AsyncGen
     await reader.cancel().catch(ignore);
   }
 }
+
+const ignore = (): void => {};
 
 /** Gives the value back when it is a number in range. */
 function checkNumber(doing: string, field: string, value: unknown, least: number): number {
@@ -588,7 +585,7 @@ export type Reply<Command extends IvrCommand> = Command extends { type: "get" } 
 /** An event, by fields that some of them have: only answers have `data` or `params`, only `inform` a `message`. */
 type EventFields = { type: string; data?: string; params?: string[]; message?: string; reason?: string | undefined };
 
-/** A command that awaits its answer: a `G` of this name, or a `P`, which has none. */
+/** A command that awaits its answer, a `G` of this name or a `P`, which has none; its type, for a refusal. */
 type Asked = { type: string; name: string | undefined; done(reply?: unknown): void; fail(error: IvrError): void };
 
 /** How long a stream may take to end behind the last words: milliseconds. */
@@ -614,6 +611,9 @@ function later(run: () => void, ms: number): Timer {
   if (ms) (timer as { unref?(): void }).unref?.();
   return timer;
 }
+
+/** A turn of the event loop. What is known at once takes one, so that a loop around it lets others run. */
+const turn = (): Promise<void> => new Promise((resolve) => setTimeout(resolve));
 
 /** A promise that nobody has to await: no rejection of it is unhandled, and each comes a turn later. */
 function quiet<T>(promise: Promise<T>): Promise<T> {
@@ -1284,8 +1284,8 @@ export class Ivr extends Session {
  *
  * A handler that stops because the call is over is no failure: with an `ended` error of a command, with what a `fetch`
  * throws that was given {@linkcode Session.signal}, or with a command that was refused since it met the hangup. Anything
- * else that it throws ends the call, and rejects; so does a limit of the session (`overflow`). One call's failure is no
- * other's: a server catches each.
+ * else that it throws ends the call, and rejects; so do options out of range (`invalid`) and a limit of the session
+ * (`overflow`). One call's failure is no other's: a server catches each.
  *
  * @example A server on Deno
  * ```ts
@@ -1313,8 +1313,9 @@ export async function answer(
   } catch (error) {
     ivr ??= new Ivr(streams); // options out of range: nobody else would close
     const kind = error instanceof IvrError ? error.code : (error as Error)?.name;
-    const asks = kind === "refused" && !(error as IvrError).reason; // often the hangup's, whose `H` comes before any answer
-    if (asks) await Promise.race([ivr.params(), ivr["when"](ignore, GRACE)]).catch(ignore);
+    // Is it the hangup, whose `H` comes before any answer?
+    const unexplained = kind === "refused" && !(error as IvrError).reason;
+    if (unexplained) await Promise.race([ivr.params(), ivr["when"](ignore, GRACE)]).catch(ignore);
     if (!ivr.signal.aborted || !["refused", "ended", "AbortError"].includes(kind)) throw error;
   } finally {
     await ivr?.close();

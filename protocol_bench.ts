@@ -523,7 +523,7 @@ function sizes(): void {
       input: code,
       shell: process.platform === "win32",
     });
-    return status === 0 ? spawnSync("gzip", ["-9"], { input: stdout }).stdout?.length ?? NaN : NaN; // their own differ by 16
+    return status === 0 ? spawnSync("gzip", ["-9"], { input: stdout }).stdout?.length ?? NaN : NaN; // zlibs differ
   };
   const before = (heading: string) => source.slice(0, source.indexOf(heading)); // which uses nothing of what stands below
   report("the codec alone", measure(before("// 3. Lines")), "B", [1850, 1850, 1850]);

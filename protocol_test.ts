@@ -1596,50 +1596,51 @@ test("gather: keys that it leaves when the call ends are for the loop", async ()
   }
 });
 
+/** Ways to gather from eight keys. */
+const GATHERINGS = [true, false].flatMap((bargeIn) =>
+  [1, 2, 7].map((maxDigits) => ({ prompt: "a", bargeIn, maxDigits }))
+);
+const EIGHT = [..."12345678"].map((key) => `${key},1\n`).join("");
+
+/** The keys that a gather and a loop had, in this order. */
+async function keysOf(gathering: Promise<Gathered>, events: Promise<IvrEvent[]>): Promise<string> {
+  const { digits } = await gathering;
+  return digits + (await events).filter(({ type }) => type === "dtmf").map(brief).join("");
+}
+
+const ENDS: [name: string, end: (host: Host) => unknown][] = [
+  ["the stream ends", (host) => host.end()],
+  ["the caller hangs up", (host) => (host.say("H,1"), host.end())],
+  ["we close", (host) => host.session.close()],
+];
+
 test("gather: keys that it leaves at the end are for the loop, however the call ends, and when", async () => {
-  const ends: [string, (host: Awaited<ReturnType<typeof playHost>>) => void][] = [
-    ["end", (host) => host.end()],
-    ["H", (host) => (host.say("H,1"), host.end())],
-    ["close", (host) => host.session.close()],
-  ];
-  for (const [name, end] of ends) {
-    for (const closesItself of [false, true]) {
-      for (const bargeIn of [true, false]) {
-        for (const pauses of [0, 1, 2]) {
-          for (const maxDigits of [1, 2, 7]) {
-            await using host = playHost();
-            const { session } = host;
-            if (closesItself) session.signal.addEventListener("abort", () => session.close());
-            const events = all(session);
-            const gathering = session.gather({ prompt: "a", bargeIn, maxDigits });
-            host.write([..."12345678"].map((key) => `${key},1\n`).join(""));
-            for (let i = 0; i < pauses; i++) await pause();
-            end(host);
-            const { digits } = await gathering;
-            const keys = (await events).filter(({ type }) => type === "dtmf").map(brief);
-            const expected = pauses || name !== "close" ? "12345678" : ""; // closed before anything came
-            assert.equal(digits + keys.join(""), expected, `${name} ${closesItself} ${bargeIn} ${pauses} ${maxDigits}`);
-          }
-        }
+  for (const [name, end] of ENDS) {
+    for (const options of GATHERINGS) {
+      for (const [pauses, closes] of [[0], [1], [2], [0, "too"], [1, "too"], [2, "too"]] as const) {
+        await using host = playHost();
+        if (closes) host.session.signal.addEventListener("abort", () => host.session.close());
+        const events = all(host.session);
+        const gathering = host.session.gather(options);
+        host.write(EIGHT);
+        for (let i = 0; i < pauses; i++) await pause();
+        end(host);
+        const came = pauses || name !== "we close";
+        assert.equal(await keysOf(gathering, events), came ? "12345678" : "", `${name} after ${pauses} turns`);
       }
     }
   }
 });
 
 test("gather: keys that it leaves with a chunk that is the end as well are for the loop", async () => {
-  for (const bargeIn of [true, false]) {
-    for (const maxDigits of [1, 2, 7]) {
-      const chunk = Promise.withResolvers<void>();
-      const keys = [..."12345678"];
-      const value = utf8(keys.map((key) => `${key},1\n`).join(""));
-      const read = async () => (await chunk.promise, { done: true, value } as never);
-      const ivr = new Ivr(bare({ read, write: () => Promise.resolve(), close: () => Promise.resolve() }));
-      const events = all(ivr);
-      const gathering = ivr.gather({ prompt: "a", bargeIn, maxDigits });
-      chunk.resolve();
-      const { digits } = await gathering;
-      assert.equal(digits + (await events).map(brief).join(""), keys.join(""));
-    }
+  for (const options of GATHERINGS) {
+    const chunk = Promise.withResolvers<void>();
+    const read = async () => (await chunk.promise, { done: true, value: utf8(EIGHT) } as never);
+    const ivr = new Ivr(bare({ read, write: () => Promise.resolve(), close: () => Promise.resolve() }));
+    const events = all(ivr);
+    const gathering = ivr.gather(options);
+    chunk.resolve();
+    assert.equal(await keysOf(gathering, events), "12345678");
   }
 });
 
