@@ -541,17 +541,20 @@ class Backlog {
 //
 // 1. an answer settles the oldest command that asked for its name, and goes no further; a `Z` fails the oldest command
 //    of all, since commands are carried out in order, and leaves it there until its acknowledgement comes;
-// 2. the layer above sees everything else (`seen`);
-// 3. all but the answers, so a `Z` too, wait in the backlog until somebody takes them. Who finds nothing waits in
-//    `when` for anything to change.
+// 2. the layer above sees every other line that is whole, and no `Z` (`seen`);
+// 3. all but the answers, so a `Z` too, wait in the backlog until somebody takes them.
+//
+// Who finds nothing waits in `when` for anything to change: `notify` lets them look again, the layer above among them.
 //
 // While something is asked, or we asked for the end, `#nextWake` wakes Asterisk. Its last words, or a stream that breaks,
 // stop that: then it is known how the call ends (`#ending`), nothing more can be asked, and the stream of events has a
 // second to end too (`#deadline`). The signal tells (`#abort`); with option `i` it does so earlier, and the call goes on.
-// Every call comes to `#finish`: what waits is settled, and both streams close (`#closing`).
+// With that a menu settles its prompts; commands may still have an answer on its way. Every call comes to `#finish`: what
+// waits is settled, and both streams close (`#closing`).
 //
-// Where things go: a command with an answer of its own into `Reply`, `ask` and `#receive`; another way to end into
-// `Ending`, `ask`, `#receive` and `#finish`.
+// Where things go: an event into section 1 alone, but that the fields `data`, `params`, `message` and `file` have their
+// meaning here and in section 5; a command with an answer of its own into `Reply`, `Asked`, `ask` and `#receive`; another
+// way to end into `Ending`, `#receive` and `#finish`, and into `#leaving` and `ask` where it is ours.
 
 /** Limits of a {@linkcode Session}. */
 export interface SessionOptions extends LinesOptions {
@@ -585,7 +588,10 @@ export type Reply<Command extends IvrCommand> = Command extends { type: "get" } 
 /** An event, by fields that some of them have: only answers have `data` or `params`, only `inform` a `message`. */
 type EventFields = { type: string; data?: string; params?: string[]; message?: string; reason?: string | undefined };
 
-/** A command that awaits its answer, a `G` of this name or a `P`, which has none; its type, for a refusal. */
+/**
+ * A command that awaits its answer, a `G` of this name or a `P`, which has none. Its type is for a refusal, behind which
+ * `fail` is `ignore`.
+ */
 type Asked = { type: string; name: string | undefined; done(reply?: unknown): void; fail(error: IvrError): void };
 
 /** How long a stream may take to end behind the last words: milliseconds. */
@@ -850,19 +856,19 @@ export class Session {
     });
   }
 
-  /** Does something after so long, unless it is put off meanwhile, by another deadline. */
+  /** Does something after so long, unless another deadline takes its place. */
   #within(ms: number, then: () => void): void {
     clearTimeout(this.#deadline!);
     this.#deadline = later(then, ms);
   }
 
   /** Puts an event where it belongs. */
-  #receive(event: IvrEvent, length: number, unfinished: boolean): void {
+  #receive(event: IvrEvent, length: number, atEnd: boolean): void {
     const { type, data, message, params, reason }: EventFields = event;
     let told: unknown;
     if (this.#closing) return; // it was on its way when we closed
-    // What stands behind the last newline may be incomplete: it may end the call, but it answers nothing
-    if (!unfinished) {
+    // What comes with the end may be incomplete: it may end the call, but it answers nothing
+    if (!atEnd) {
       const head = this.#asked[0];
       const reply = head && (data ?? params);
       if (reply) {
@@ -940,7 +946,7 @@ export class Session {
       await Promise.race([grace, Promise.resolve(this.#written).then(() => this.#writer.close())]).catch(ignore);
     }
     this.#out = ""; // what did not go out in time never does
-    // In a `then`, since a stream of any make may throw at once
+    // In a `then`, of whatever is settled, since a stream of any make may throw at once
     await Promise.race([grace, this.closed.then(() => this.#writer.abort(error))]).catch(ignore);
     await Promise.race([grace, this.closed.then(() => this.#reader.cancel())]).catch(ignore);
     clearTimeout(this.#deadline!);
@@ -1198,7 +1204,7 @@ export class Ivr extends Session {
       else if ((digits += key).length === maxDigits) end = { reason: "maxDigits" };
       return key;
     };
-    const cut = bargeIn ? collect : early; // what cuts the prompts short
+    const cut = bargeIn ? collect : early; // what cuts the prompts short; an abort is collected later
 
     while (flush && this.take("dtmf"));
     end = early();
